@@ -1,0 +1,1664 @@
+"""Tests of server.py, room by room. Store, sign-in and HTTP tests run on SQLite and on a private MariaDB."""
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import functools
+import getpass
+import hashlib
+import hmac
+import http.client
+import io
+import json
+import logging
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.parse
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import bottle
+import jwt
+import pymysql
+import webtest
+
+import server
+from server import Conflict, JWTPlugin, KeySet, Settings, SettingsError, make_app, verify_password
+
+HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text("utf-8")
+SECRET = "a secret of the tests, which is long enough for HS512 as well: it has 80 bytes.."
+NOW = 1_800_000_000  # seconds since 1970, for every test that needs a clock
+
+# The tutorial's own: its table, its row, its token.
+TUTORIAL_HASH = "pbkdf2:sha256:150000$k1Ud5dzh$d0347f416e89ea486b33c988c9be65730329b2dd6d712f73c9920103a006a82e"
+TUTORIAL_TABLE = """CREATE TABLE `user` (`id` int(10) unsigned NOT NULL AUTO_INCREMENT, `username` varchar(45) DEFAULT
+    NULL, `password` varchar(255) DEFAULT NULL, PRIMARY KEY (`id`)) ENGINE=InnoDB DEFAULT CHARSET=latin1"""
+
+
+# --- Helpers ---
+
+
+def wait_for(condition, seconds=30):
+    """Return the first true value of condition(); fail when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def program(*names):
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+    return next((found for name in names if (found := shutil.which(name, path=path))), None)
+
+
+class MariaDB:
+    """A private MariaDB or MySQL: temporary folder, free port, unprivileged user, root without a password."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="rest-auth-test-")
+        self.port = free_port()
+        self.socket = f"{self.folder}/socket"
+        self.databases = 0
+        data = f"{self.folder}/data"
+        owner = []
+        if os.geteuid() == 0:
+            shutil.chown(self.folder, *pwd.getpwnam("nobody")[2:4])
+            owner = ["--user=nobody"]
+        daemon = program("mariadbd", "mysqld")
+        install = program("mariadb-install-db")
+        make = [install, "--auth-root-authentication-method=normal", "--skip-test-db"] if install else [daemon]
+        make += ["--no-defaults", f"--datadir={data}", *owner] + ([] if install else ["--initialize-insecure"])
+        make.insert(1, make.pop(make.index("--no-defaults")))  # where it has to stand
+        subprocess.run(make, check=True, capture_output=True)
+        authority = make_authority(self.folder)
+        command = [daemon, "--no-defaults", f"--datadir={data}", f"--socket={self.socket}", f"--port={self.port}"]
+        command += ["--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", *owner, *authority]
+        with open(f"{self.folder}/log", "wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+        wait_for(self.is_up)
+
+    def is_up(self):
+        if self.process.poll() is not None:
+            raise AssertionError(Path(self.folder, "log").read_text(errors="replace"))
+        if not os.path.exists(self.socket):
+            return False
+        with contextlib.suppress(pymysql.Error):
+            self.connect().close()
+            return True
+
+    def connect(self, database=None):
+        return pymysql.connect(unix_socket=self.socket, user="root", database=database, autocommit=True)
+
+    def run(self, sql, *values, database=None):
+        with contextlib.closing(self.connect(database)) as connection, connection.cursor() as cursor:
+            cursor.execute(sql, values or None)
+            return cursor.fetchall()
+
+    def new_database(self):
+        self.databases += 1
+        self.run(f"CREATE DATABASE t{self.databases} CHARACTER SET latin1")
+        return f"t{self.databases}"
+
+    def url(self, database, user="root", password="", **options):
+        query = urllib.parse.urlencode(options)
+        account = urllib.parse.quote(user) + (":" + urllib.parse.quote(password, safe="") if password else "")
+        return f"mysql://{account}@127.0.0.1:{self.port}/{database}" + (f"?{query}" if query else "")
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+        shutil.rmtree(self.folder)
+
+
+def make_authority(folder):
+    """A certificate authority and a server certificate for localhost; the server's options that use them."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    today = datetime.datetime.now(datetime.timezone.utc)
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ca", "server")}
+    names = {name: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"test {name}")]) for name in keys}
+    for name, key in keys.items():
+        builder = x509.CertificateBuilder(names["ca"], names[name], key.public_key(), x509.random_serial_number())
+        builder = builder.not_valid_before(today - datetime.timedelta(1)).not_valid_after(today + datetime.timedelta(1))
+        builder = builder.add_extension(x509.BasicConstraints(name == "ca", None), critical=True)
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(keys["ca"].public_key())
+        builder = builder.add_extension(identifier, False).add_extension(issuer, False)
+        certificate = builder.sign(keys["ca"], hashes.SHA256())
+        Path(folder, f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        pem = key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        Path(folder, f"{name}-key.pem").write_bytes(pem)
+    return [f"--ssl-ca={folder}/ca.pem", f"--ssl-cert={folder}/server.pem", f"--ssl-key={folder}/server-key.pem"]
+
+
+def setUpModule():
+    global mariadb
+    mariadb = None
+    logging.getLogger("auth").addHandler(logging.NullHandler())
+    logging.getLogger("auth").propagate = False
+    if program("mariadbd", "mysqld"):
+        mariadb = MariaDB()
+        unittest.addModuleCleanup(mariadb.stop)
+    elif os.environ.get("CI"):
+        raise AssertionError("no MariaDB here: apt install mariadb-server")
+
+
+class Case(unittest.TestCase):
+    """A temporary folder to work in, and settings, sign-in, app and WebTest client made when first asked for."""
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="rest-auth-test-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.database = f"sqlite:///{self.folder}/auth.db"
+
+    def raw_sql(self, sql, *values):
+        """Run SQL beside the service, as an operator would, and return its rows."""
+        with contextlib.closing(sqlite3.connect(self.folder / "auth.db", isolation_level=None)) as connection:
+            return [tuple(row) for row in connection.execute(sql.replace("%s", "?"), values).fetchall()]
+
+    @functools.cached_property
+    def settings(self):
+        return Settings(database=self.database, secret_key=SECRET, pbkdf2_iterations=1)
+
+    @functools.cached_property
+    def sign_in(self):
+        sign_in = server.open_sign_in(self.settings)
+        self.addCleanup(sign_in.close)
+        return sign_in
+
+    @property
+    def store(self):
+        return self.sign_in.store
+
+    @functools.cached_property
+    def app(self):
+        return make_app(self.settings, self.sign_in)
+
+    @functools.cached_property
+    def client(self):
+        return webtest.TestApp(self.app)
+
+    def add_user(self, username="alice", password="correct horse"):
+        return self.store.add_user(username, server.hash_password(password, 1))
+
+    def login(self, username="alice", password="correct horse"):
+        return self.client.post_json("/auth", {"username": username, "password": password}).json["access_token"]
+
+    def get(self, path, token, **options):
+        return self.client.get(path, headers={"Authorization": f"Bearer {token}"}, **options)
+
+    def assert_refused(self, answer, status, error, description=None):
+        self.assertEqual(answer.status_int, status, answer.text)
+        self.assertEqual(answer.content_type, "application/json")
+        self.assertEqual(list(answer.json), ["status_code", "error", "description"])
+        self.assertEqual((answer.json["status_code"], answer.json["error"]), (status, error))
+        if description is not None:
+            self.assertEqual(answer.json["description"], description)
+        self.assertNotRegex(answer.text, r"Traceback|\.py|SELECT|sqlite|pymysql")
+
+    def token(self, secret=SECRET, algorithm="HS256", headers=None, **changes):
+        """A token good now for user 1, with claims changed, or left out where a change is None."""
+        now = int(time.time())
+        claims = {"exp": now + 300, "iat": now, "nbf": now, "identity": 1} | changes
+        claims = {name: value for name, value in claims.items() if value is not None}
+        return jwt.encode(claims, secret, algorithm, headers)
+
+
+class MySQLCase(Case):
+    def setUp(self):
+        super().setUp()
+        if mariadb is None:
+            self.skipTest("no MariaDB or MySQL here: apt install mariadb-server")
+        self.name = mariadb.new_database()
+        self.addCleanup(mariadb.run, f"DROP DATABASE {self.name}")
+        self.database = mariadb.url(self.name)
+
+    def raw_sql(self, sql, *values):
+        return [tuple(row) for row in mariadb.run(sql, *values, database=self.name)]
+
+
+def on_each_engine(case):
+    """Make of a mixin of tests one class for SQLite and one for MySQL."""
+    for suffix, base in (("SQLite", Case), ("MySQL", MySQLCase)):
+        name = f"{case.__name__}On{suffix}"
+        globals()[name] = type(name, (case, base), {"__module__": __name__, "__doc__": case.__doc__})
+    return case
+
+
+class Service:
+    """`python server.py` as a process of its own: `with Service(folder, *arguments, **environment) as service`."""
+
+    def __init__(self, folder, *arguments, **environment):
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        self.errors = open(Path(folder) / "errors", "w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "server.py", "--port", "0", *arguments],
+            cwd=folder,
+            env=inherited | {"AUTH_PBKDF2_ITERATIONS": "1"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+
+    def __enter__(self):
+        self.banner = self.process.stdout.readline()
+        found = re.search(r"http://(\S+):(\d+)", self.banner)
+        if not found:
+            self.__exit__()
+            raise AssertionError(f"no start: {self.banner}{self.log}")
+        self.address = found[1].strip("[]"), int(found[2])
+        return self
+
+    def __exit__(self, *_):
+        self.stop(signal.SIGTERM)
+        self.log = self.read_log()
+        self.errors.close()
+        self.process.stdout.close()
+
+    def stop(self, number):
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def read_log(self):
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def request(self, method, path, body=None, **headers):
+        """(status, headers, text) of one request on a connection of its own."""
+        connection = http.client.HTTPConnection(*self.address, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read().decode()
+
+    def raw(self, data):
+        """All that comes back for these bytes, up to the end of the connection."""
+        with socket.create_connection(self.address, timeout=30) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def login(self, username, password):
+        status, _, text = self.request("POST", "/auth", urllib.parse.urlencode(locals_of(username, password)), **FORM)
+        return json.loads(text)["access_token"] if status == 200 else status
+
+
+FORM = {"Content_Type": "application/x-www-form-urlencoded"}
+
+
+def locals_of(username, password):
+    return {"username": username, "password": password}
+
+
+# --- Settings ---
+
+
+class SettingsTest(unittest.TestCase):
+    def test_a_flag_beats_the_variable_and_the_variable_beats_the_default(self):
+        environ = {"AUTH_TOKEN_TTL": "60", "AUTH_LEEWAY": "", "HOME": "/"}
+        self.assertEqual(Settings.load(environ).token_ttl, 60)
+        self.assertEqual(Settings.load(environ, token_ttl="90").token_ttl, 90)
+        self.assertEqual(Settings.load(environ).leeway, Settings.leeway)
+
+    def test_a_wrong_setting_is_refused_with_its_name(self):
+        for environ, words in [
+            ({"AUTH_TOKN_TTL": "60"}, "AUTH_TOKN_TTL is no setting; did you mean AUTH_TOKEN_TTL"),
+            ({"AUTH_TOKEN_TTL": "soon"}, "token_ttl: 'soon' is not a whole number"),
+            ({"AUTH_TOKEN_TTL": "0"}, "token_ttl: 0 is not between 1 and"),
+            ({"AUTH_PORT": "65536"}, "port: 65536"),
+            ({"AUTH_REALM": 'a"b'}, "realm"),
+            ({"AUTH_SECRET_KEY": "secret-key"}, "published.*secrets.token_urlsafe"),
+            ({"AUTH_SECRET_KEY": "a-string-secret-at-least-256-bits-long"}, "published"),
+            ({"AUTH_SECRET_KEY": "x" * 31}, "shorter than 32 bytes.*secrets.token_urlsafe"),
+        ]:
+            with self.subTest(environ), self.assertRaisesRegex(SettingsError, words):
+                Settings.load(environ)
+
+    def test_a_value_of_another_type_is_refused(self):
+        for values in [{"port": "5000"}, {"port": True}, {"host": None}, {"secret_key": b"x" * 32}]:
+            with self.subTest(values), self.assertRaises(SettingsError):
+                Settings(**values)
+
+    def test_no_secret_in_the_repr(self):
+        settings = Settings(database="mysql://roy:tell-nobody@db/users", secret_key=SECRET)
+        self.assertNotIn("tell-nobody", repr(settings) + str(server.parse_database(settings.database)))
+        self.assertNotIn(SECRET, repr(settings))
+
+    def test_database_urls(self):
+        for url, expected in [
+            ("sqlite://", ("sqlite", "", "", "", (), {})),
+            ("sqlite:///:memory:", ("sqlite", "", "", "", (), {})),
+            ("sqlite:///auth.db", ("sqlite", "auth.db", "", "", (), {})),
+            ("sqlite:////var/lib/a%20b.db", ("sqlite", "/var/lib/a b.db", "", "", (), {})),
+            ("mysql://roy@db/users", ("mysql", "users", "roy", "", (("db", 3306),), {})),
+            ("mysql://r%40y:p%2F%3A@[::1]:1,b/u", ("mysql", "u", "r@y", "p/:", (("::1", 1), ("b", 3306)), {})),
+            ("mysql://r@/u?unix_socket=/s", ("mysql", "u", "r", "", (("localhost", 3306),), {"unix_socket": "/s"})),
+            ("mysql://r@h/u?read_timeout=3", ("mysql", "u", "r", "", (("h", 3306),), {"read_timeout": 3})),
+        ]:
+            with self.subTest(url):
+                self.assertEqual(dataclasses.astuple(server.parse_database(url)), expected)
+
+    def test_a_bad_database_url_is_refused_and_not_repeated(self):
+        for url in [
+            "",
+            "auth.db",
+            "postgres://roy:hunter2@db/users",
+            "sqlite:/auth.db",
+            "sqlite://auth.db",
+            "mysql://roy:hunter2@db",
+            "mysql://:hunter2@db/users",
+            "mysql://roy:hunter2@db:port/users",
+            "mysql://roy:hunter2@db/users?ssl=hunter2",
+            "mysql://roy:hunter2@db/users?read_timeout=hunter2",
+            "mysql://roy:hunter2@[db/users",
+            "mysql://roy:hunter2#4@db/users",
+        ]:
+            with self.subTest(url), self.assertRaises(SettingsError) as caught:
+                Settings(database=url)
+            self.assertNotIn("hunter2", str(caught.exception).replace("'hunter2'", ""), url)
+
+
+# --- Passwords ---
+
+
+class PasswordsTest(unittest.TestCase):
+    VECTORS = [  # (stored, password)
+        (TUTORIAL_HASH, "roy"),
+        # werkzeug 2.3.8, generate_password_hash(password, method=…)
+        ("pbkdf2:sha1:1000$RcSRquBkVldd3xb0$b6e8088ccd123e5dc381c6cd444428da3b29fa7c", "correct horse"),
+        (
+            "pbkdf2:sha256:260000$NhUF6mJKHzjaOyci$7093e55c426fa2618375c68aeffaaded07107f6e0491faf472ce7733087ec728",
+            "correct horse",
+        ),
+        (
+            "pbkdf2:sha512:1000$ymryLIfRCssixT9n$155e44d5291196679a50938927981b35e3ab7f3d14d1e60e84fe192f606b93fac8be0e06"
+            "eeb85b03e1d37d5b1d9c2bf7827b2e3eaf617d49ee6115b3c73d09f8",
+            "correct horse",
+        ),
+        (
+            "scrypt:32768:8:1$2wDmXwy6Of829ScA$145d7f5a6800460f6a50f6d59d84f7d3270d3e9e6d44ef9d23406263f134981810db6254d6"
+            "bb6c5d78025039d842326aaba2ad1cd088269cda7c4265a16d1673",
+            "correct horse",
+        ),
+        (
+            "pbkdf2:sha256:1000$lKv91hspsJYiNz71$23feb20af40940977a40011bc3373dd24997f1443cfb984cf4ab9a775caeba6b",
+            "pässwörd ☃",
+        ),
+        # werkzeug 3.1.9: its default, and method="pbkdf2"
+        (
+            "scrypt:32768:8:1$kmldqdEyw0ioShaG$e0a2eecfeaaa6dde2c0614280a6e631d0b61adf0938ee0d512ebb8fcd491face19deca0db2"
+            "4efa658c30e22ae2e9b287a7051481a6852535db85a614d764d99a",
+            "correct horse",
+        ),
+        (
+            "pbkdf2:sha256:1000000$Agl0ckX5rQ4TliaU$36b3fb4e6056fb8cbf9c92bc951598dad86231859165d9f94daea7cdebac3a59",
+            "correct horse",
+        ),
+        # Django 5.2.19, make_password(password)
+        ("pbkdf2_sha256$1000000$havf2BK4C6TBLNtYYg7f8c$ARTlA5z+gLmokNlMO6PuKn/LLBeuhy3qWI/mB8PpdPc=", "correct horse"),
+    ]
+
+    def test_hashes_of_other_programs_verify(self):
+        for stored, password in self.VECTORS:
+            with self.subTest(stored[:30]):
+                self.assertTrue(verify_password(stored, password))
+                self.assertFalse(verify_password(stored, password.title()))
+
+    def test_a_hash_that_is_none_is_false(self):
+        tail = "$k1Ud5dzh$d0347f416e89ea486b33c988c9be65730329b2dd6d712f73c9920103a006a82e"
+        for stored in [
+            *(None, "", "roy", 0, b"pbkdf2", "$", "$$", "!", "plain$$roy", f"!{TUTORIAL_HASH}", f"{TUTORIAL_HASH}\n"),
+            *(TUTORIAL_HASH[:-2], TUTORIAL_HASH[:-1], TUTORIAL_HASH + "00", TUTORIAL_HASH.replace("sha256", "md5")),
+            *("pbkdf2:sha256" + tail, "pbkdf2:sha256:0" + tail, "pbkdf2:sha256:-1" + tail, "pbkdf2:sha256:x" + tail),
+            *("pbkdf2:sha256:99999999999" + tail, "pbkdf2:sha256:١" + tail, "pbkdf2:sha256:1$salt$", "pbkdf2:::$a$b"),
+            *("pbkdf2:sha256:1$salt$zz", "scrypt:3:8:1$salt$" + "0" * 128, "scrypt:9999999:99:9$s$" + "0" * 128),
+            *("pbkdf2_sha256$1$salt$AAAA", "pbkdf2_sha256$1$salt$====", "pbkdf2_sha1$1$s$ifF+CUuu9Z79Tm+qWi39BQKMxX0="),
+            "pbkdf2:sha256:1$\ud800$" + "0" * 64,
+        ]:
+            with self.subTest(stored=stored):
+                self.assertIs(verify_password(stored, "roy"), False)
+
+    def test_hash_password_writes_werkzeugs_format_with_a_new_salt_each_time(self):
+        first, second = (server.hash_password("correct horse", 2) for _ in range(2))
+        self.assertRegex(first, r"^pbkdf2:sha256:2\$[0-9a-f]{32}\$[0-9a-f]{64}$")
+        self.assertNotEqual(first, second)
+        self.assertTrue(verify_password(first, "correct horse"))
+        self.assertTrue(server.hash_password("x").startswith(f"pbkdf2:sha256:{Settings.pbkdf2_iterations}$"))
+
+    def test_needs_rehash(self):
+        for stored, expected in [
+            (server.hash_password("x", 2), False),
+            (server.hash_password("x", 3), False),
+            (server.hash_password("x", 1), True),
+            (self.VECTORS[3][0], True),
+            (self.VECTORS[-1][0], True),
+            (self.VECTORS[4][0], True),
+            ("", True),
+        ]:
+            with self.subTest(stored[:30]):
+                self.assertIs(server.needs_rehash(stored, 2), expected)
+
+    def test_the_same_rounds_are_spent_whatever_the_hash(self):
+        for stored in [None, "", "malformed", server.hash_password("x", 1), server.hash_password("x", 700)]:
+            with mock.patch("hashlib.pbkdf2_hmac", wraps=hashlib.pbkdf2_hmac) as hashing, self.subTest(stored=stored):
+                self.assertFalse(verify_password(stored, "y", 1000))
+                rounds = [call.kwargs.get("iterations") or call.args[3] for call in hashing.call_args_list]
+                self.assertEqual(sum(rounds), 1000)
+
+
+# --- Store ---
+
+
+@on_each_engine
+class StoreTest:
+    def test_users_are_added_found_listed_and_removed(self):
+        first, second = self.add_user("alice"), self.add_user("bob")
+        self.assertEqual([user.username for user in self.store.list_users()], ["alice", "bob"])
+        self.assertEqual(self.store.find_user("bob"), self.store.get_user(second))
+        self.assertTrue(self.store.remove_user(first))
+        self.assertFalse(self.store.remove_user(first))
+        self.assertIsNone(self.store.find_user("alice"))
+        self.assertIsNone(self.store.get_user(first))
+
+    def test_a_name_is_found_only_as_it_was_typed(self):
+        self.add_user("alice")
+        for name in ["ALICE", "alice ", " alice", "álice", "alicé", "al_ce", "%", "", "alice\0", "' OR ''='", "日本"]:
+            with self.subTest(name):
+                self.assertIsNone(self.store.find_user(name))
+
+    def test_names_in_every_alphabet(self):
+        for name in ["Ærøskøbing", "日本語", "😀", "O'Brien", 'a"b\\c', "x" * 255]:
+            with self.subTest(name):
+                self.assertEqual(self.store.find_user(name), None)
+                self.add_user(name)
+                self.assertEqual(self.store.find_user(name).username, name)
+
+    def test_a_taken_name_is_a_conflict_and_changes_nothing(self):
+        self.add_user("alice")
+        before = self.store.list_users()
+        with self.assertRaisesRegex(Conflict, "There is a user 'alice' already"):
+            self.add_user("alice", "another")
+        self.assertEqual(self.store.list_users(), before)
+
+    def test_of_many_who_add_one_name_at_once_one_succeeds(self):
+        def add(_):
+            with contextlib.suppress(server.AuthError):
+                return self.add_user("alice")
+
+        self.store.prepare()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            added = [user_id for user_id in pool.map(add, range(16)) if user_id]
+        self.assertEqual(len(added), 1)
+        self.assertEqual(self.raw_sql("SELECT COUNT(*) FROM user"), [(1,)])
+
+    def test_a_hash_is_replaced_only_where_it_is_still_the_one_that_was_read(self):
+        self.add_user("alice")
+        read = self.store.find_user("alice")
+        self.assertTrue(self.store.set_password(read, "newer"))
+        self.assertFalse(self.store.set_password(read, "upgrade of the older"))
+        self.assertEqual(self.store.find_user("alice").password_hash, "newer")
+
+    def test_an_id_is_not_used_again(self):
+        first = self.add_user("alice")
+        self.store.remove_user(first)
+        self.assertNotEqual(self.add_user("bob"), first)
+
+    def test_preparing_twice_changes_nothing(self):
+        self.add_user("alice")
+        self.store.prepare()
+        self.assertEqual(len(self.store.list_users()), 1)
+
+    def test_a_transaction_that_fails_leaves_nothing(self):
+        self.store.prepare()
+        with self.assertRaises(ZeroDivisionError), self.store.transaction() as run:
+            run("INSERT INTO user (username, password) VALUES (?, ?)", "alice", "x")
+            raise ZeroDivisionError
+        self.assertEqual(self.store.list_users(), [])
+
+    def test_a_table_without_the_columns_is_refused_at_the_start(self):
+        self.raw_sql("CREATE TABLE user (id INTEGER PRIMARY KEY, name VARCHAR(10))")
+        with self.assertRaisesRegex(SettingsError, "username"):
+            server.open_sign_in(self.settings)
+
+    def test_connections_are_not_carried_over_a_fork(self):
+        self.add_user("alice")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork and threads: the child only reads, and ends
+            child = os.fork()
+        if child == 0:
+            status = 1
+            with contextlib.suppress(BaseException):
+                status = 0 if self.store.find_user("alice") and self.add_user("bob") else 1
+                self.store.close()
+            os._exit(status)
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+        self.assertEqual(len(self.store.list_users()), 2)
+
+    def test_the_password_hash_is_not_in_the_repr(self):
+        self.add_user("alice")
+        self.assertNotIn("pbkdf2", repr(self.store.find_user("alice")))
+
+
+class SQLiteTest(Case):
+    def test_files_are_the_owners_own(self):
+        self.add_user()
+        self.assertGreater(len(list(self.folder.glob("auth.db*"))), 1)
+        for path in self.folder.glob("auth.db*"):
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600, path)
+
+    def test_write_ahead_log_and_full_durability(self):
+        with self.store.transaction() as run:
+            self.assertEqual(run("PRAGMA journal_mode").fetchone(), ("wal",))
+            self.assertEqual(run("PRAGMA synchronous").fetchone(), (2,))
+
+    def test_memory_is_one_database_for_all_threads_and_gone_at_the_end(self):
+        self.settings = dataclasses.replace(self.settings, database="sqlite://")
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            self.assertEqual(len(set(pool.map(self.add_user, map(str, range(50))))), 50)
+            self.assertTrue(all(pool.map(self.store.find_user, map(str, range(50)))))
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_a_damaged_row_is_somebody_who_cannot_sign_in(self):
+        self.add_user()
+        self.raw_sql("UPDATE user SET password = CAST(x'ff00fe' AS TEXT)")
+        self.assertEqual(len(self.store.list_users()), 1)
+        with self.assertRaises(server.InvalidCredentials):
+            self.sign_in.login("alice", "correct horse", NOW)
+
+    def test_a_file_that_is_no_database_or_cannot_be_opened(self):
+        (self.folder / "text").write_text("no database, though it is long enough to look like one\n" * 50)
+        for path in [self.folder / "text", self.folder / "no-folder" / "auth.db", self.folder]:
+            with self.subTest(path), self.assertRaisesRegex(SettingsError, "writable"):
+                server.open_sign_in(dataclasses.replace(self.settings, database=f"sqlite:///{path}"))
+
+    def test_many_first_starts_at_once(self):
+        start = functools.partial(server.open_sign_in, self.settings)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(start) for _ in range(8)]:
+                future.result().close()
+
+
+class MySQLTest(MySQLCase):
+    def test_a_dead_connection_is_replaced_without_a_word(self):
+        self.add_user()
+        for statement in ("find", "add"):
+            for (connection,) in mariadb.run("SELECT id FROM information_schema.processlist WHERE db = %s", self.name):
+                mariadb.run(f"KILL {connection}")
+            with self.subTest(statement), self.assertNoLogs("auth", "ERROR"):
+                found = self.store.find_user("alice") if statement == "find" else self.add_user("bob")
+                self.assertTrue(found)
+
+    def test_threads_share_few_connections_and_close_ends_them(self):
+        self.add_user()
+        count = functools.partial(
+            self.raw_sql,
+            "SELECT COUNT(*) FROM information_schema.processlist WHERE db = %s AND command = 'Sleep'",
+            self.name,
+        )
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            self.assertTrue(all(pool.map(self.store.find_user, ["alice"] * 40)))
+        self.assertLessEqual(count()[0][0], 4)
+        self.store.close()
+        wait_for(lambda: count() == [(0,)])
+
+    def test_an_account_that_may_not_make_tables_is_told_what_to_run(self):
+        mariadb.run("CREATE OR REPLACE USER reader@localhost IDENTIFIED BY 'p/:@%?#ü'")
+        mariadb.run(f"GRANT SELECT ON {self.name}.* TO reader@localhost")
+        self.database = mariadb.url(self.name, "reader", "p/:@%?#ü", unix_socket=mariadb.socket)
+        with self.assertRaisesRegex(SettingsError, rf"run as one who may: mariadb {self.name} < \S+/schema.sql"):
+            server.open_sign_in(self.settings)
+
+    def test_a_password_that_is_wrong_and_a_server_that_is_not_there(self):
+        warnings.simplefilter("ignore", ResourceWarning)  # PyMySQL leaves a unix socket that it could not connect to gc
+        for url, words in [
+            (mariadb.url(self.name, "root", "wrong"), "Access denied"),
+            (f"mysql://root@127.0.0.1:{free_port()}/{self.name}", "refused"),
+            (mariadb.url("nowhere"), "Unknown database"),
+            (mariadb.url(self.name, unix_socket="/nowhere"), "/nowhere"),
+        ]:
+            with self.subTest(url), self.assertRaisesRegex(SettingsError, words):
+                server.open_sign_in(dataclasses.replace(self.settings, database=url))
+
+    def test_the_next_host_is_taken_when_one_is_not_there(self):
+        self.database = f"mysql://root@127.0.0.1:{free_port()},127.0.0.1:{mariadb.port}/{self.name}"
+        self.assertTrue(self.add_user())
+
+    def test_tls_checks_the_certificate_and_the_name(self):
+        ca = f"{mariadb.folder}/ca.pem"
+        self.database = mariadb.url(self.name, ssl_ca=ca).replace("127.0.0.1", "localhost")
+        with self.store.transaction() as run:
+            self.assertTrue(run("SHOW STATUS LIKE 'Ssl_cipher'").fetchone()[1])
+        other = ssl.get_default_verify_paths().cafile or ssl.get_default_verify_paths().openssl_cafile
+        for url in [mariadb.url(self.name, ssl_ca=ca), mariadb.url(self.name, ssl_ca=other)]:
+            with self.subTest(url), self.assertRaises(SettingsError):
+                server.open_sign_in(dataclasses.replace(self.settings, database=url))
+        unnamed = mariadb.url(self.name, ssl_ca=ca, ssl_verify_identity="false")
+        server.open_sign_in(dataclasses.replace(self.settings, database=unnamed)).close()
+
+    def test_schema_runs_twice_through_the_command_line_client(self):
+        client = program("mariadb", "mysql")
+        for _ in range(2):
+            with open(HERE / "schema.sql", "rb") as script:
+                command = [client, "--no-defaults", f"--socket={mariadb.socket}", "-uroot", self.name]
+                subprocess.run(command, stdin=script, check=True)
+        self.add_user("日本語")
+        self.assertEqual(
+            self.raw_sql(
+                "SELECT table_collation FROM information_schema.tables WHERE table_name = 'user' AND table_schema = %s",
+                self.name,
+            )[0][0][:7],
+            "utf8mb4",
+        )
+
+
+class TutorialTableTest(MySQLCase):
+    """The tutorial's own table, in place."""
+
+    def setUp(self):
+        super().setUp()
+        self.raw_sql(TUTORIAL_TABLE)
+        self.raw_sql("INSERT INTO user (username, password) VALUES ('roy', %s)", TUTORIAL_HASH)
+        self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=Settings.pbkdf2_iterations)
+        self.structure = self.raw_sql("SHOW CREATE TABLE user")
+
+    def tearDown(self):
+        without_counter = [
+            re.sub(r" AUTO_INCREMENT=\d+", "", text) for _, text in self.raw_sql("SHOW CREATE TABLE user")
+        ]
+        self.assertEqual(without_counter, [re.sub(r" AUTO_INCREMENT=\d+", "", text) for _, text in self.structure])
+
+    def test_roy_signs_in_and_his_hash_is_upgraded_and_he_signs_in_again(self):
+        self.assertTrue(self.login("roy", "roy"))
+        [(stored,)] = self.raw_sql("SELECT password FROM user")
+        self.assertTrue(stored.startswith("pbkdf2:sha256:600000$"), stored)
+        token = self.login("roy", "roy")
+        self.assertEqual(self.raw_sql("SELECT password FROM user"), [(stored,)])
+        self.assertEqual(self.get("/auth/me", token).json["username"], "roy")
+
+    def test_rows_with_null_or_nothing_in_them_let_nobody_in(self):
+        self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=1)
+        self.raw_sql("INSERT INTO user (username, password) VALUES (NULL, NULL), ('ann', NULL), ('bob', ''), ('', 'x')")
+        for name in ["ann", "bob", ""]:
+            for password in ["", "x", "None"]:
+                body = {"username": name, "password": password}
+                self.assert_refused(self.client.post_json("/auth", body, status=401), 401, "Bad Request")
+        self.assertEqual(len(self.store.list_users()), 5)
+
+    def test_two_rows_of_one_name_let_nobody_in_and_the_log_says_so(self):
+        self.raw_sql("INSERT INTO user (username, password) VALUES ('roy', %s)", TUTORIAL_HASH)
+        with self.assertLogs("auth") as logged:
+            answer = self.client.post_json("/auth", {"username": "roy", "password": "roy"}, status=401)
+        self.assert_refused(answer, 401, "Bad Request", "Invalid credentials")
+        self.assertIn("2 users are named 'roy' (ids 1, 2)", logged.output[0])
+        with self.assertRaisesRegex(Conflict, "2 users are named 'roy'"):
+            self.store.find_user("roy")
+
+    def test_rows_that_differ_in_case_are_different_users(self):
+        self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=1)
+        self.add_user("ROY", "other")
+        self.assertEqual(self.get("/auth/me", self.login("ROY", "other")).json["username"], "ROY")
+        self.client.post_json("/auth", {"username": "ROY", "password": "roy"}, status=401)
+
+    def test_a_name_that_the_table_cannot_hold_is_a_clear_error(self):
+        for name in ["日本語", "x" * 46]:
+            with (
+                self.subTest(name),
+                self.assertRaisesRegex(server.BadRequest, "columns are too short, or cannot write"),
+            ):
+                self.add_user(name)
+        self.assert_refused(
+            self.client.post_json("/auth", {"username": "日本語", "password": "x"}, status=401), 401, "Bad Request"
+        )
+
+    def test_of_many_who_add_one_name_at_once_one_succeeds(self):
+        def add(_):
+            with contextlib.suppress(server.AuthError):
+                return self.add_user("alice")
+
+        self.store.prepare()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(add, range(16)))
+        self.assertEqual(self.raw_sql("SELECT COUNT(*) FROM user WHERE username = 'alice'"), [(1,)])
+
+
+# --- Tokens ---
+
+
+class TokensTest(unittest.TestCase):
+    # The tutorial's example: HS256 with `secret-key`, as PyJWT 1.7 wrote it.
+    TUTORIAL_TOKEN = (
+        "eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9."
+        "eyJleHAiOjE1NjgyMTAzMjcsImlhdCI6MTU2ODIxMDAyNywibmJmIjoxNTY4MjEwMDI3LCJpZGVudGl0eSI6MX0."
+        "nTgsAwHL4oNEVVWMfLLUMFUaoDVHA0zuVMBgRbevggE"
+    )
+
+    def setUp(self):
+        self.keys = KeySet([server.Key.from_secret(SECRET)])
+
+    def verify(self, now=NOW, leeway=0, headers=None, **changes):
+        claims = {"exp": NOW + 300, "iat": NOW, "nbf": NOW, "identity": 1} | changes
+        claims = {name: value for name, value in claims.items() if value is not None}
+        return self.keys.verify(jwt.encode(claims, SECRET, "HS256", headers), now, leeway)
+
+    def test_the_tutorials_token_verifies_with_its_secret_at_its_time(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", jwt.InsecureKeyLengthWarning)
+            keys = KeySet([server.Key.from_secret("secret-key")])
+            claims = keys.verify(self.TUTORIAL_TOKEN, now=1568210100)
+            self.assertEqual(claims, {"exp": 1568210327, "iat": 1568210027, "nbf": 1568210027, "identity": 1})
+            with self.assertRaisesRegex(server.InvalidToken, "Signature has expired"):
+                keys.verify(self.TUTORIAL_TOKEN, now=1568210327)
+            with self.assertRaisesRegex(server.InvalidToken, "Signature verification failed"):
+                self.keys.verify(self.TUTORIAL_TOKEN, now=1568210100)
+
+    def test_what_is_signed_verifies_and_names_its_key(self):
+        claims = {"exp": NOW + 300, "iat": NOW, "nbf": NOW, "identity": 7, "sub": "7"}
+        token = self.keys.sign(claims)
+        self.assertEqual(self.keys.verify(token, NOW), claims)
+        header = json.loads(base64.urlsafe_b64decode(token.partition(".")[0] + "=="))
+        self.assertEqual(header, {"typ": "JWT", "alg": "HS256", "kid": self.keys.keys[0].kid})
+
+    def test_the_kid_is_the_thumbprint_of_rfc_7638(self):
+        rsa = {  # the example of its section 3.1
+            "e": "AQAB",
+            "kty": "RSA",
+            "n": "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3"
+            "oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6"
+            "qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJ"
+            "zKnqDKgw",
+        }
+        self.assertEqual(server.thumbprint(rsa), "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs")
+
+    def test_times_are_compared_with_now_and_leeway(self):
+        self.assertTrue(self.verify(NOW + 299))
+        self.assertTrue(self.verify(NOW + 309, leeway=10))
+        self.assertTrue(self.verify(NOW - 10, leeway=10))
+        self.assertTrue(self.verify(iat=NOW - 0.5, nbf=NOW - 0.5, exp=NOW + 0.5))
+        for words, now, changes in [
+            ("Signature has expired", NOW + 300, {}),
+            ("Signature has expired", NOW, {"exp": NOW}),
+            (r"not yet valid \(iat\)", NOW - 1, {"nbf": NOW - 5}),
+            (r"not yet valid \(nbf\)", NOW - 1, {"iat": NOW - 5}),
+        ]:
+            with self.subTest(words, changes=changes), self.assertRaisesRegex(server.InvalidToken, words):
+                self.verify(now, **changes)
+
+    def test_claims_that_are_missing_or_of_another_type_are_refused(self):
+        for name in ("exp", "iat", "nbf"):
+            for value in [None, str(NOW), [NOW], {}, True, -1, 2**70, float("nan"), float("inf"), ""]:
+                with self.subTest(name, value=value), self.assertRaises(server.InvalidToken):
+                    self.verify(**{name: value})
+        for value in [None, "1", 1.0, True, False, 0, -1, [1], {"id": 1}, 2**63, 2**70]:
+            with self.subTest(identity=value), self.assertRaises(server.InvalidToken):
+                self.verify(identity=value)
+        for value in ["2", 1, "01", ""]:
+            with self.subTest(sub=value), self.assertRaises(server.InvalidToken):
+                self.verify(sub=value)
+        with self.assertRaises(server.InvalidToken):
+            self.verify(aud="another service")
+
+    def test_a_kid_chooses_nothing_but_our_key(self):
+        self.assertTrue(self.verify(headers={"kid": self.keys.keys[0].kid}))
+        for kid in ["other", "../../dev/null", "' OR 1=1 --", ""]:
+            with self.subTest(kid), self.assertRaisesRegex(server.InvalidToken, "Signature verification failed"):
+                self.verify(headers={"kid": kid})
+
+    def test_no_secret_in_the_repr(self):
+        self.assertNotIn(self.keys.keys[0].jwk._jwk_data["k"], repr(self.keys.keys))
+        self.assertNotIn(SECRET, repr(self.keys.keys))
+
+
+class KeyFileTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / "auth.keys"
+        self.settings = Settings(keys=str(self.path))
+
+    def test_it_is_made_once_and_never_overwritten(self):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            kids = {keys.keys[0].kid for keys in pool.map(lambda _: KeySet.load(self.settings, create=True), range(16))}
+        self.assertEqual(len(kids), 1)
+        self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), 0o600)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["auth.keys"])
+        [jwk] = json.loads(self.path.read_text())["keys"]
+        self.assertEqual(jwk["kid"], kids.pop())
+        self.assertEqual(len(base64.urlsafe_b64decode(jwk["k"] + "=")), 32)
+
+    def test_without_create_a_missing_file_is_an_error(self):
+        with self.assertRaisesRegex(SettingsError, "No such file"):
+            KeySet.load(self.settings)
+        with self.assertRaisesRegex(SettingsError, "No such file"):
+            JWTPlugin(keys=str(self.path))
+
+    def test_a_file_open_to_others_is_refused(self):
+        KeySet.load(self.settings, create=True)
+        for mode, good in [(0o600, True), (0o400, True), (0o640, True), (0o644, False), (0o604, False), (0o620, False)]:
+            self.path.chmod(mode)
+            with self.subTest(oct(mode)):
+                if good:
+                    KeySet.load(self.settings)
+                else:
+                    with self.assertRaisesRegex(SettingsError, f"chmod 600 {self.path}"):
+                        KeySet.load(self.settings, create=True)
+
+    def test_a_malformed_file_is_an_error_that_repeats_nothing_and_stays_as_it_was(self):
+        secret = "c2VjcmV0IG9mIHRoZSB0ZXN0cywgbG9uZ2VyIHRoYW4gMzIgYnl0ZXM"
+        for content in [
+            *(
+                "",
+                secret,
+                "[]",
+                "{}",
+                '{"keys": {}}',
+                '{"keys": []}',
+                '{"keys": "%s"}' % secret,
+                '{"keys": ["%s"]}' % secret,
+            ),
+            '{"keys": [{"kty": "oct", "alg": "HS256", "k": "%s"' % secret,
+            '{"keys": [{"kty": "oct", "alg": "none", "k": "%s"}]}' % secret,
+            '{"keys": [{"kty": "oct", "alg": "HS256", "k": "c2hvcnQ"}]}',
+            '{"keys": [{"kty": "oct", "alg": "HS256", "k": 5}]}',
+            '{"keys": [{"kty": "oct", "alg": "HS256"}]}',
+            '{"keys": [{"kty": "XYZ", "k": "%s"}]}' % secret,
+            "[" * 100_000,
+            "\udcff",
+        ]:
+            self.path.write_text(content, encoding="utf-8", errors="surrogateescape")
+            self.path.chmod(0o600)
+            with self.subTest(content[:60]), self.assertRaisesRegex(SettingsError, "key file") as caught:
+                KeySet.load(self.settings, create=True)
+            self.assertNotIn(secret, str(caught.exception))
+            self.assertEqual(self.path.read_text(encoding="utf-8", errors="surrogateescape"), content)
+
+    def test_a_folder_that_is_not_there(self):
+        with self.assertRaisesRegex(SettingsError, "cannot be made: No such file"):
+            KeySet.load(Settings(keys=str(self.folder / "no" / "auth.keys")), create=True)
+
+
+# --- Sign-in ---
+
+
+@on_each_engine
+class SignInTest:
+    def test_a_good_login_gives_a_token_that_stands_for_the_user(self):
+        user_id = self.add_user()
+        tokens = self.sign_in.login("alice", "correct horse", NOW)
+        self.assertEqual((tokens["token_type"], tokens["expires_in"]), ("Bearer", 300))
+        identity, claims = self.sign_in.authenticate(tokens["access_token"], NOW + 299)
+        self.assertEqual((identity.id, identity.username), (user_id, "alice"))
+        times = {"exp": NOW + 300, "iat": NOW, "nbf": NOW, "identity": user_id, "sub": str(user_id)}
+        self.assertEqual(claims, times | {"jti": claims["jti"]})
+        with self.assertRaisesRegex(server.InvalidToken, "Signature has expired"):
+            self.sign_in.authenticate(tokens["access_token"], NOW + 300 + self.settings.leeway)
+
+    def test_each_token_has_an_id_of_its_own(self):
+        self.add_user()
+        tokens = [self.sign_in.login("alice", "correct horse", NOW)["access_token"] for _ in range(2)]
+        self.assertEqual(len({self.sign_in.authenticate(token, NOW)[1]["jti"] for token in tokens}), 2)
+
+    def test_an_old_hash_is_upgraded_at_a_good_login_only(self):
+        self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=2)
+        for old in [server.hash_password("correct horse", 1), PasswordsTest.VECTORS[3][0], PasswordsTest.VECTORS[4][0]]:
+            self.store.add_user(old[-40:], old)
+            with self.assertRaises(server.InvalidCredentials):
+                self.sign_in.login(old[-40:], "wrong", NOW)
+            self.assertEqual(self.store.find_user(old[-40:]).password_hash, old)
+            self.sign_in.login(old[-40:], "correct horse", NOW)
+            new = self.store.find_user(old[-40:]).password_hash
+            self.assertTrue(new.startswith("pbkdf2:sha256:2$"))
+            self.sign_in.login(old[-40:], "correct horse", NOW)
+            self.assertEqual(self.store.find_user(old[-40:]).password_hash, new)
+
+    def test_a_failed_upgrade_does_not_fail_the_login(self):
+        self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=2)
+        self.add_user()
+        if self.database.startswith("sqlite"):
+            self.raw_sql("CREATE TRIGGER no BEFORE UPDATE ON user BEGIN SELECT RAISE(FAIL, 'read-only'); END")
+        else:
+            self.raw_sql("CREATE TRIGGER no BEFORE UPDATE ON user FOR EACH ROW SIGNAL SQLSTATE '45000'")
+        with self.assertLogs("auth", "WARNING") as logged:
+            self.assertIn("access_token", self.sign_in.login("alice", "correct horse", NOW))
+        self.assertIn("could not be upgraded", "".join(logged.output))
+        self.assertNotIn("pbkdf2", "".join(logged.output))
+
+    def test_a_token_without_a_session_must_be_short_lived(self):
+        self.add_user()
+        self.assertTrue(self.sign_in.authenticate(self.token(), time.time()))
+        long = self.token(exp=int(time.time()) + 301)
+        with self.assertRaisesRegex(server.InvalidToken, "without a session"):
+            self.sign_in.authenticate(long, time.time())
+
+    def test_new_names_and_passwords_are_checked(self):
+        for name in ["", " alice", "alice\t", "al\0ice", "al\nice", "\u00a0a", "x" * 256, "\ud800", None, 5]:
+            with self.subTest(name), self.assertRaises(server.BadRequest):
+                self.sign_in.add_user(name, "correct horse")
+        for password in ["", None, 5, "\udcff"]:
+            with self.subTest(password=password), self.assertRaises(server.BadRequest):
+                self.sign_in.add_user("alice", password)
+        self.assertEqual(self.store.list_users(), [])
+        self.sign_in.add_user("alice", "correct horse")
+        self.assertTrue(self.sign_in.login("alice", "correct horse", NOW))
+
+
+# --- Plugin ---
+
+
+class PluginTest(Case):
+    def setUp(self):
+        super().setUp()
+        self.own = bottle.Bottle()
+        self.plugin = self.own.install(JWTPlugin(secret_key=SECRET))
+        self.own_client = webtest.TestApp(self.own)
+
+    def test_every_route_is_closed_that_does_not_say_public_true(self):
+        def undeclared(callback):
+            return lambda *args, **values: callback(*args, **values)
+
+        self.own.route("/plain", callback=lambda: "in")
+        self.own.route("/wrapped", callback=undeclared(lambda: "in"))
+        self.own.route("/string", callback=lambda: "in", public="True")
+        self.own.route("/one", callback=lambda: "in", public=1)
+        self.own.route("/false", callback=lambda: "in", public=False)
+        self.own.route("/any", "ANY", callback=lambda: "in")
+        self.own.route("/open", callback=lambda: "in", public=True)
+        for path in ["/plain", "/wrapped", "/string", "/one", "/false", "/any"]:
+            with self.subTest(path):
+                answer = self.own_client.get(path, status=401)
+                self.assert_refused(answer, 401, "Authorization Required")
+                authorization = {"Authorization": f"JWT {self.token()}"}
+                self.assertEqual(self.own_client.get(path, headers=authorization).text, "in")
+        self.assertEqual(self.own_client.get("/open").text, "in")
+
+    def test_the_configuration_of_the_app_opens_nothing(self):
+        self.own.route("/plain", callback=lambda: "in")
+        self.own.config["public"] = True
+        self.own.route("/later", callback=lambda: "in")
+        self.own_client.get("/plain", status=401)
+        self.own_client.get("/later", status=401)
+
+    def test_what_would_skip_the_plugin_is_refused_when_it_is_declared(self):
+        def child():
+            app = bottle.Bottle()
+            app.route("/x", callback=lambda: "come-in")
+            return app
+
+        for declare in [
+            lambda app: app.route("/a", callback=lambda: "come-in", skip=True),
+            lambda app: app.route("/b", callback=lambda: "come-in", skip=[JWTPlugin]),
+            lambda app: app.route("/c", callback=lambda: "come-in", skip=[self.plugin]),
+            lambda app: app.mount("/d/", child()),
+            lambda app: app.merge(child()),
+            lambda app: app.mount("/e/", lambda environ, start: [b"come-in"]),
+        ]:
+            with self.assertRaisesRegex(bottle.PluginError, "would skip JWTPlugin"):
+                declare(self.own)
+            other = bottle.Bottle()
+            with contextlib.suppress(bottle.PluginError):
+                declare(other)
+                with self.assertRaisesRegex(bottle.PluginError, "would skip JWTPlugin"):
+                    other.install(self.plugin)
+        for path in ["/a", "/b", "/c", "/d/x", "/x", "/e/"]:
+            self.assertNotIn("come-in", self.own_client.get(path, status="*").text, path)
+
+    def test_a_plugin_of_another_name_or_a_second_one_does_not_push_it_off(self):
+        class Other:
+            name, api = "jwt", 2
+
+            def apply(self, callback, route):
+                return callback
+
+        self.own.install(Other())
+        self.own.route("/plain", callback=lambda: "in", apply=Other())
+        self.own_client.get("/plain", status=401)
+        with self.assertRaises(AttributeError):
+            self.own.install(JWTPlugin(secret_key=SECRET))
+
+    def test_a_handler_gets_what_it_names(self):
+        def wrapped(callback):
+            return functools.wraps(callback)(lambda *args, **values: callback(*args, **values))
+
+        self.own.route("/identity", callback=lambda identity: {"id": identity.id, "name": identity.username})
+        self.own.route("/claims", callback=wrapped(lambda claims: claims))
+        self.own.route(
+            "/both/<word>", callback=lambda word, identity, claims: {"both": [word, identity.id, claims["jti"]]}
+        )
+        headers = {"Authorization": f"bEaReR  {self.token(jti='x')}"}
+        self.assertEqual(self.own_client.get("/identity", headers=headers).json, {"id": 1, "name": None})
+        self.assertEqual(self.own_client.get("/claims", headers=headers).json["identity"], 1)
+        self.assertEqual(self.own_client.get("/both/w", headers=headers).json, {"both": ["w", 1, "x"]})
+
+    def test_a_path_cannot_name_the_identity(self):
+        self.own.route("/<identity>", callback=lambda identity: str(identity))
+        answer = self.own_client.get("/2", headers={"Authorization": f"JWT {self.token()}"})
+        self.assertEqual(answer.text, str(server.Identity(1)))
+
+    def test_a_public_route_that_wants_an_identity_is_refused_when_it_is_declared(self):
+        with self.assertRaisesRegex(bottle.PluginError, "public, so it has no identity"):
+            self.own.route("/", callback=lambda identity: "in", public=True)
+
+    def test_only_a_key_is_enough_and_a_weak_one_is_not(self):
+        for secret in ["secret-key", "x" * 31]:
+            with self.subTest(secret), self.assertRaises(SettingsError):
+                JWTPlugin(secret_key=secret)
+        self.own.route("/", callback=lambda: "in")
+        self.assert_refused(
+            self.own_client.get("/", headers={"Authorization": "JWT x"}, status=401), 401, "Invalid token"
+        )
+
+    def test_with_a_database_each_request_looks_its_user_up(self):
+        self.add_user()
+        app = bottle.Bottle()
+        app.install(JWTPlugin(secret_key=SECRET, database=self.database))
+        self.addCleanup(app.close)
+        app.route("/", callback=lambda identity: identity.username)
+        client, headers = webtest.TestApp(app), {"Authorization": f"JWT {self.token()}"}
+        self.assertEqual(client.get("/", headers=headers).text, "alice")
+        self.store.remove_user(1)
+        self.assert_refused(client.get("/", headers=headers, status=401), 401, "Invalid JWT", "User does not exist")
+
+    def test_the_service_can_be_mounted_and_merged(self):
+        self.add_user()
+        for prefix, join in [("/api", lambda root, app: root.mount("/api/", app)), ("", bottle.Bottle.merge)]:
+            root = bottle.Bottle()
+            join(root, make_app(self.settings, self.sign_in))
+            client = webtest.TestApp(root)
+            with self.subTest(prefix):
+                body = {"username": "alice", "password": "correct horse"}
+                token = client.post_json(f"{prefix}/auth", body).json["access_token"]
+                self.assert_refused(client.get(f"{prefix}/auth/me", status=401), 401, "Authorization Required")
+                answer = client.get(f"{prefix}/auth/me", headers={"Authorization": f"JWT {token}"})
+                self.assertEqual(answer.json["username"], "alice")
+                self.assert_refused(
+                    client.post(f"{prefix}/auth", "x", {"Content-Type": "text/plain"}, status=400), 400, "Bad Request"
+                )
+
+
+# --- HTTP ---
+
+
+@on_each_engine
+class WireTest:
+    """The rows of the wire and error tables."""
+
+    def test_auth_answers_json_and_forms(self):
+        self.add_user()
+        fields = {"username": "alice", "password": "correct horse", "remember": "ignored"}
+        for answer in [self.client.post_json("/auth", fields), self.client.post("/auth", fields)]:
+            self.assertEqual(list(answer.json), ["access_token", "token_type", "expires_in"])
+            self.assertEqual(answer.headers["Cache-Control"], "no-store")
+            self.assertEqual(answer.content_type, "application/json")
+            self.assertTrue(answer.text.endswith("}\n"))
+            self.get("/rest-auth", answer.json["access_token"])
+
+    def test_rest_auth_greets(self):
+        self.add_user()
+        for scheme in ["JWT", "jwt", "Bearer", "BEARER"]:
+            answer = self.client.get("/rest-auth", headers={"Authorization": f"{scheme} {self.login()}"})
+            self.assertEqual(answer.json, "You are an authenticate person to see this message")
+
+    def test_me_says_who_is_calling(self):
+        user_id = self.add_user("álice")
+        self.assertEqual(self.get("/auth/me", self.login("álice")).json, {"id": user_id, "username": "álice"})
+
+    def test_health(self):
+        self.assertEqual(self.client.get("/health").json, {"status": "ok"})
+
+    def test_the_error_table(self):
+        self.add_user()
+        token = self.login()
+        for authorization, error, description in [
+            (None, "Authorization Required", "Request does not contain an access token"),
+            ("", "Authorization Required", "Request does not contain an access token"),
+            (" ", "Authorization Required", "Request does not contain an access token"),
+            (f"Basic {token}", "Invalid JWT header", "Unsupported authorization type"),
+            (token, "Invalid JWT header", "Unsupported authorization type"),
+            ("JWT", "Invalid JWT header", "Token missing"),
+            ("Bearer ", "Invalid JWT header", "Token missing"),
+            (f"JWT {token} x", "Invalid JWT header", "Token contains spaces"),
+            (f"JWT {token}, JWT {token}", "Invalid JWT header", "Token contains spaces"),  # two Authorization lines
+            (f"JWT\t{token}", "Invalid JWT header", "Unsupported authorization type"),
+            (f"JWT\xa0{token}", "Invalid JWT header", "Unsupported authorization type"),
+            (f"JWT {token}x", "Invalid token", None),
+            (f"JWT {token[:-9]}", "Invalid token", None),
+            ("JWT \xff\xfe", "Invalid token", None),
+            ("JWT \x00", "Invalid token", None),
+            ("JWT x", "Invalid token", "Not enough segments"),
+            ("JWT ..", "Invalid token", None),
+            (f"JWT {self.token(secret='x' * 32)}", "Invalid token", "Signature verification failed"),
+            (f"JWT {self.token(exp=1)}", "Invalid token", "Signature has expired"),
+            (f"JWT {self.token(identity=99)}", "Invalid JWT", "User does not exist"),
+        ]:
+            with self.subTest(authorization):
+                headers = {} if authorization is None else {"Authorization": authorization}
+                answer = self.client.get("/rest-auth", headers=headers, status=401)
+                self.assert_refused(answer, 401, error, description)
+                sent = ', error="invalid_token"' if error in ("Invalid token", "Invalid JWT") else ""
+                challenges = ['JWT realm="Login Required"', f'Bearer realm="Login Required"{sent}']
+                self.assertEqual(answer.headers.getall("WWW-Authenticate"), challenges)
+
+    def test_a_removed_users_token_ends_with_the_next_request(self):
+        self.add_user()
+        token = self.login()
+        self.store.remove_user(1)
+        self.assert_refused(self.get("/auth/me", token, status=401), 401, "Invalid JWT", "User does not exist")
+
+    def test_the_realm_is_a_setting(self):
+        self.settings = dataclasses.replace(self.settings, realm="The shed")
+        answer = self.client.get("/rest-auth", status=401)
+        self.assertEqual(answer.headers.getall("WWW-Authenticate")[0], 'JWT realm="The shed"')
+
+    def test_unknown_paths_and_methods_answer_json(self):
+        self.assert_refused(self.client.get("/nowhere", status=404), 404, "Not Found")
+        answer = self.client.delete("/auth", status=405)
+        self.assert_refused(answer, 405, "Method Not Allowed")
+        self.assertEqual(answer.headers["Allow"], "POST,OPTIONS")
+        self.assert_refused(self.client.request("/auth", method="PATCH", status=405), 405, "Method Not Allowed")
+
+    def test_head_and_options(self):
+        self.add_user()
+        headers = {"Authorization": f"JWT {self.login()}"}
+        self.assertEqual(self.client.head("/rest-auth", headers=headers).headers["Content-Length"], "53")
+        self.assertEqual(self.client.head("/rest-auth", status=401).text, "")
+        for path, allow in [("/rest-auth", "GET,HEAD,OPTIONS"), ("/auth", "POST,OPTIONS")]:
+            answer = self.client.options(path)
+            self.assertEqual((answer.status_int, answer.headers["Allow"], answer.text), (204, allow, ""))
+        self.assert_refused(self.client.options("/nowhere", status=404), 404, "Not Found")
+
+    def test_a_failure_inside_is_a_500_that_tells_nothing(self):
+        self.app.route("/broken", callback=lambda: 1 / 0, public=True)
+        answer = self.client.get("/broken", status=500, expect_errors=True)
+        self.assert_refused(answer, 500, "Internal Server Error")
+        self.assertNotIn("division", answer.text)
+
+    def test_without_the_database_503(self):
+        self.add_user()
+        token = self.login()
+        self.raw_sql("ALTER TABLE user RENAME TO gone")
+        for answer in [
+            self.get("/rest-auth", token, status=503),
+            self.client.post_json("/auth", {"username": "alice", "password": "x"}, status=503),
+        ]:
+            self.assert_refused(answer, 503, "Service Unavailable", "The database does not answer; try again")
+            self.assertGreater(int(answer.headers["Retry-After"]), 0)
+
+
+@on_each_engine
+class BadInputTest:
+    """Each is a 4xx in the shape of our errors; nothing is written, and the service goes on."""
+
+    LONG = "x" * 100_000
+    JSON = "application/json"
+    FORM = "application/x-www-form-urlencoded"
+    NOT_A_NAME = ["", 0, 1, -1.5, [], ["alice"], {}, {"$ne": ""}, None, True, "al\0ice", "\ud800", LONG, "' OR 1=1 -- "]
+
+    def bodies(self):
+        """(content type, body, status)"""
+        for body in ["", "{", "x", '"alice"', "5", "null", "true", "[]", '["username"]', "[" * 100_000, '{"a":' * 9999]:
+            yield self.JSON, body.encode(), (400, 413)
+        yield self.JSON, b'{"username": "alice", "password": "correct h\xf6rse"}', (400,)
+        yield self.JSON, '{"username": "alice", "password": "x"}'.encode("utf-16"), (400,)
+        yield "application/json; charset=latin-1", '{"username": "älice", "password": "x"}'.encode("latin-1"), (400,)
+        yield self.JSON, b'{"username": "' + b"x" * 1_000_000 + b'", "password": "x"}', (413,)
+        for kind in ["", "text/plain", "text/html", "multipart/form-data", "application/xml", "\xff", ";", "a" * 5000]:
+            yield kind, b'{"username": "alice", "password": "correct horse"}', (400,)
+        for body in ["username=%FF&password=x", "a=1&" * 50, "\xff"]:
+            yield self.FORM, body.encode("latin-1"), (400,)
+        for body in ["", "username", "username=alice", "password=x", "username=alice&password=", "&&==", "%"]:
+            yield self.FORM, body.encode(), (401,)
+        for value in self.NOT_A_NAME:
+            yield self.JSON, json.dumps({"username": value, "password": "correct horse"}).encode(), (401, 413)
+            yield self.JSON, json.dumps({"username": "alice", "password": value}).encode(), (401, 413)
+        yield self.JSON, b"{}", (401,)
+        yield self.JSON, b'{"username": "alice"}', (401,)
+        yield self.JSON, b'{"password": "correct horse"}', (401,)
+
+    def tokens(self):
+        def unsigned(header, claims):
+            parts = [
+                base64.urlsafe_b64encode(json.dumps(part).encode()).decode().strip("=") for part in (header, claims)
+            ]
+            return ".".join(parts)
+
+        now = int(time.time())
+        claims = {"exp": now + 300, "iat": now, "nbf": now, "identity": 1}
+        for algorithm in ["none", "None", "NONE", "nOnE", "HS512", "RS256", "", None, 5, []]:
+            yield unsigned({"typ": "JWT", "alg": algorithm}, claims) + "."
+        yield unsigned({"alg": "HS256"}, claims) + "."
+        yield self.token(algorithm="HS512")
+        yield self.token(headers={"crit": ["exp"]})
+        for name in ("exp", "iat", "nbf"):
+            for value in [None, str(now), "soon", [now], {}, True, float("inf")]:
+                yield self.token(**{name: value})
+        for value in [None, "1", 1.0, True, [1], {"id": 1}, 0, -1, 2**70, "alice"]:
+            yield self.token(identity=value)
+        nested = base64.urlsafe_b64encode(b"[" * 3000).decode().strip("=")
+        yield f"{nested}.{nested}.x"
+        for header in [{"alg": "HS256", "kid": ["x"]}, {"alg": "HS256", "kid": 5}, [], "x"]:
+            signed = unsigned(header, claims)
+            digest = hmac.new(SECRET.encode(), signed.encode(), "sha256").digest()
+            yield f"{signed}.{base64.urlsafe_b64encode(digest).decode().strip('=')}"
+        yield self.LONG
+
+    def test_bad_input(self):
+        self.add_user()
+        before = self.raw_sql("SELECT id, username, password FROM user")
+        for kind, body, statuses in self.bodies():
+            with self.subTest(kind=kind[:40], body=body[:60]):
+                answer = self.client.post("/auth", body, {"Content-Type": kind}, status="*")
+                self.assertIn(answer.status_int, statuses, answer.text)
+                error = {400: "Bad Request", 401: "Bad Request", 413: "Request Entity Too Large"}[answer.status_int]
+                self.assert_refused(answer, answer.status_int, error)
+        for token in self.tokens():
+            with self.subTest(token=token[:80]):
+                self.assert_refused(self.get("/rest-auth", token, status=401), 401, "Invalid token")
+        self.assertEqual(self.raw_sql("SELECT id, username, password FROM user"), before)
+        self.get("/rest-auth", self.login())
+
+    def test_sql_is_just_characters(self):
+        name = """'; DROP TABLE user; -- " ` \\' %s ? {} 😀"""
+        self.add_user(name, "' OR '1'='1")
+        self.assertEqual(self.get("/auth/me", self.login(name, "' OR '1'='1")).json["username"], name)
+
+
+class StructureTest(Case):
+    """What holds the file together."""
+
+    def routes(self):
+        return [(route.method, route.rule, server.is_public(route)) for route in self.app.routes]
+
+    def test_every_route_that_is_not_public_answers_401_with_a_challenge_when_called_bare(self):
+        closed = [route for route in self.routes() if not route[2]]
+        self.assertTrue(closed)
+        for method, rule, _ in closed:
+            with self.subTest(rule):
+                answer = self.client.request(rule, method=method, status=401)
+                self.assert_refused(answer, 401, "Authorization Required")
+                self.assertEqual(len(answer.headers.getall("WWW-Authenticate")), 2)
+
+    def test_every_route_setting_and_command_is_in_the_readme(self):
+        for method, rule, _ in self.routes():
+            self.assertIn(f"`{method} {rule}`", README)
+            self.assertIn(rule, server.__doc__)
+        for field in dataclasses.fields(Settings):
+            default = f"`{field.default}`" if field.default != "" else ""
+            self.assertRegex(README, rf"\| `AUTH_{field.name.upper()}` \| {re.escape(default)} ?\|")
+        for command in commands_of(server.make_parser()):
+            self.assertRegex(README, rf"`server.py {command}[ `]", command)
+
+    def test_every_example_of_help_works(self):
+        for command in [[], *(command.split() for command in commands_of(server.make_parser()))]:
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                self.assertEqual(server.main([*command, "--help"]), 0)
+            self.assertIn("--database", output.getvalue())
+
+    def test_the_rooms_stand_in_the_order_of_the_design(self):
+        rooms = re.findall(r"^# --- (.+) ---$", (HERE / "server.py").read_text("utf-8"), re.MULTILINE)
+        names = "Settings, Errors, Passwords, Store, Tokens, Sign-in, Plugin, HTTP, Command line"
+        self.assertEqual(rooms, names.split(", "))
+        self.assertEqual(re.findall(r"\*\*([\w -]+)\*\*", README), rooms)
+
+    def test_script_metadata_equals_the_requirements_less_webtest(self):
+        source = (HERE / "server.py").read_text("utf-8")
+        script = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", source)[1]
+        listed = ast.literal_eval(re.search(r"(?s)dependencies = (\[.*\])", script.replace("#", ""))[1])
+        required = (HERE / "requirements.txt").read_text("utf-8").split("\n")
+        self.assertEqual(listed, [line for line in required if line and not line.startswith("WebTest")])
+        self.assertIn("PyJWT[crypto]>=2.15.1", listed)
+
+    def test_nothing_else_is_visible_at_the_top_level(self):
+        tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+        if tracked.returncode:
+            self.skipTest("not a git checkout")
+        visible = {path.partition("/")[0] for path in tracked.stdout.split() if not path.startswith(".")}
+        five = {"server.py", "schema.sql", "test_server.py", "requirements.txt", "README.md"}
+        self.assertEqual(visible, five)
+
+
+def commands_of(parser, prefix=""):
+    """The names of all commands, such as "user add"."""
+    for action in parser._actions:
+        for name, child in (getattr(action, "choices", None) or {}).items():
+            nested = list(commands_of(child, f"{prefix}{name} "))
+            yield from nested or [f"{prefix}{name}"]
+
+
+# --- Command line ---
+
+
+class CommandLineTest(Case):
+    def setUp(self):
+        super().setUp()
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        variables = {
+            "AUTH_DATABASE": self.database,
+            "AUTH_KEYS": f"{self.folder}/auth.keys",
+            "AUTH_PBKDF2_ITERATIONS": "1",
+        }
+        self.enterContext(mock.patch.dict(os.environ, clean | variables, clear=True))
+
+    def enterContext(self, manager):  # unittest has it from Python 3.11 on
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def run_main(self, *argv, typed="", serve=lambda app, settings, announce: announce("http://here")):
+        """(exit status, standard output, standard error) of one command."""
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as output,
+            contextlib.redirect_stderr(io.StringIO()) as errors,
+            mock.patch("sys.stdin", io.StringIO(typed)),
+        ):
+            status = server.main(argv, serve)
+        return status, output.getvalue(), errors.getvalue()
+
+    def assert_fails(self, argv, status, words, **options):
+        result = self.run_main(*argv, **options)
+        self.assertEqual(result[:2], (status, ""), result)
+        self.assertRegex(result[2], words)
+        self.assertEqual(result[2].count("\n"), 1, result[2])
+
+    def test_users_are_added_changed_listed_and_removed(self):
+        self.assertEqual(self.run_main("user", "add", "alice", typed="correct horse\n"), (0, "user alice added\n", ""))
+        self.assertEqual(self.run_main("user", "list")[1], "1\talice\tpbkdf2:sha256:1\n")
+        changed = self.run_main("user", "passwd", "alice", typed="battery staple\n")
+        self.assertEqual(changed, (0, "password of alice changed\n", ""))
+        self.assertTrue(verify_password(self.store.find_user("alice").password_hash, "battery staple"))
+        self.assertEqual(self.run_main("user", "remove", "alice"), (0, "user alice removed\n", ""))
+        self.assertEqual(self.run_main("user", "list"), (0, "", ""))
+
+    def test_errors_are_one_line_that_says_what_to_do(self):
+        self.run_main("user", "add", "alice", typed="correct horse\n")
+        for argv, status, words, typed in [
+            (["user", "add", "alice"], 1, "There is a user 'alice' already", "x\n"),
+            (["user", "add", " alice"], 1, "white space", "x\n"),
+            (["user", "add", "bob"], 1, "at least one character", "\n"),
+            (["user", "add", "bob"], 1, "at least one character", ""),
+            (["user", "remove", "bob"], 1, "no user 'bob'.*user list", ""),
+            (["user", "passwd", "bob"], 1, "no user 'bob'.*user list", "x\n"),
+            (["user"], 2, "ACTION.*--help", ""),
+            (["user", "add"], 2, "NAME.*--help", ""),
+            (["serve", "--colour"], 2, "unrecognized arguments: --colour; see .*--help", ""),
+            (["paint"], 2, "paint.*--help", ""),
+            (["--port", "many"], 1, "port: 'many' is not a whole number", ""),
+            (["--secret-key", SECRET], 2, "--help", ""),
+            (["--database", "nix://"], 1, "begins with sqlite:// or mysql://", ""),
+            (["--database", "mysql://roy:hunter2@db/users"], 1, "put it into AUTH_DATABASE", ""),
+            (["--demo", "--host", "0.0.0.0"], 1, "--demo listens on loopback only", ""),
+            (["--database", "sqlite:////no/folder/auth.db"], 1, "unable to open", ""),
+            (["--database", "sqlite:////no/folder/auth.db", "init"], 1, "unable to open", ""),
+            (["init", "--database", "mysql://roy@127.0.0.1:1/users"], 1, "refused", ""),
+            (["--keys", "/no/folder/auth.keys"], 1, "cannot be made", ""),
+        ]:
+            with self.subTest(argv):
+                self.assert_fails(argv, status, words, typed=typed)
+
+    def test_an_unknown_variable_is_an_error(self):
+        with mock.patch.dict(os.environ, {"AUTH_PROT": "80"}):
+            self.assert_fails([], 1, "AUTH_PROT is no setting; did you mean AUTH_PORT?")
+
+    def test_two_users_of_one_name_are_named_by_the_commands(self):
+        self.raw_sql("CREATE TABLE user (id INTEGER PRIMARY KEY, username TEXT, password TEXT)")
+        self.raw_sql("INSERT INTO user (username) VALUES ('roy'), ('roy')")
+        for action in ["add", "passwd", "remove"]:
+            self.assert_fails(["user", action, "roy"], 1, r"2 users are named 'roy' \(ids 1, 2\)", typed="x\n")
+        self.assertEqual(self.run_main("user", "list")[1], "1\troy\tno usable hash\n2\troy\tno usable hash\n")
+
+    def test_a_password_is_asked_for_twice_at_a_terminal(self):
+        with mock.patch.object(getpass, "getpass", side_effect=["one", "two"]), mock.patch("sys.stdin") as terminal:
+            terminal.isatty.return_value = True
+            with self.assertRaisesRegex(server.BadRequest, "differ"):
+                server.new_password()
+
+    def test_init_makes_the_tables(self):
+        self.assertEqual(self.run_main("init"), (0, f"tables are ready in {self.database}\n", ""))
+        self.assertEqual(self.raw_sql("SELECT COUNT(*) FROM user"), [(0,)])
+
+    def test_the_start_says_where_things_are(self):
+        banner = f"rest-auth {server.__version__} on http://here, users in {self.database}, keys in "
+        self.assertEqual(self.run_main(), (0, f"{banner}{self.folder}/auth.keys\n", ""))
+        with mock.patch.dict(os.environ, {"AUTH_SECRET_KEY": SECRET}):
+            self.assertEqual(self.run_main("serve"), (0, f"{banner}AUTH_SECRET_KEY\n", ""))
+
+    def test_version(self):
+        self.assertEqual(self.run_main("--version"), (0, f"rest-auth {server.__version__}\n", ""))
+
+
+class ServiceTest(Case):
+    """`python server.py` as a process, through real sockets."""
+
+    def test_demo_serves_roy_and_leaves_nothing_behind(self):
+        with Service(self.folder, "--demo") as service:
+            token = service.login("roy", "roy")
+            status, _, text = service.request("GET", "/auth/me", Authorization=f"Bearer {token}")
+            self.assertEqual((status, json.loads(text)["username"]), (200, "roy"))
+        self.assertEqual(service.process.returncode, 0)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["errors"])
+
+    def test_ctrl_c_and_sigterm_end_it_cleanly(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with Service(self.folder, "--demo") as service:
+                self.assertEqual(service.stop(number), 0)
+            self.assertEqual(service.log, "")
+
+    def test_no_secret_token_or_password_in_ps_or_the_log(self):
+        environment = {"AUTH_SECRET_KEY": SECRET, "AUTH_DATABASE": f"sqlite:///{self.folder}/auth.db"}
+        if mariadb:
+            name = mariadb.new_database()
+            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
+            mariadb.run("CREATE OR REPLACE USER roy@localhost IDENTIFIED BY 'hunter2'")
+            mariadb.run(f"GRANT ALL ON {name}.* TO roy@localhost")
+            environment["AUTH_DATABASE"] = mariadb.url(name, "roy", "hunter2")
+        add = [sys.executable, HERE / "server.py", "user", "add", "alice"]
+        subprocess.run(add, input="correct horse\n", text=True, check=True, env=os.environ | environment, stdout=-3)
+        with Service(self.folder, **environment) as service:
+            token = service.login("alice", "correct horse")
+            service.login("alice", "wrong horse")
+            service.request("GET", "/auth/me", Authorization=f"Bearer {token}")
+            service.request("GET", "/auth/me", Authorization=f"Bearer {token}x")
+            listed = subprocess.run(["ps", "-ww", "-o", "args", "-p", str(service.process.pid)], capture_output=True)
+            self.assertIn(b"server.py", listed.stdout)
+        for secret in [SECRET, "hunter2", "correct horse", "wrong horse", token, token.rpartition(".")[2], "pbkdf2"]:
+            self.assertNotIn(secret, listed.stdout.decode() + service.log + service.banner)
+
+    def test_a_key_made_by_the_service_outlives_it(self):
+        for _ in range(2):
+            with Service(self.folder) as service:
+                self.assertIn("keys in auth.keys", service.banner)
+            made = (self.folder / "auth.keys").read_text()
+            self.assertEqual(stat.S_IMODE((self.folder / "auth.keys").stat().st_mode), 0o600)
+        self.assertEqual((self.folder / "auth.keys").read_text(), made)
+
+    def test_a_port_in_use_is_one_line(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = str(listener.getsockname()[1])
+            command = [sys.executable, HERE / "server.py", "--demo", "--port", port]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=self.folder)
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, rf"^server.py: 127.0.0.1 port {port}: Address already in use.*--port\n$")
+
+    def test_ipv6(self):
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::1", 0))
+            except OSError:
+                self.skipTest("no IPv6 here")
+        with Service(self.folder, "--demo", "--host", "::1") as service:
+            self.assertEqual(service.request("GET", "/health")[0], 200)
+
+    def test_what_waitress_refuses_is_json_and_names_no_server(self):
+        with Service(self.folder, "--demo") as service:
+            for data, status in [
+                (b"GET /health HTTP/1.1\r\nHost: a\r\nX : y\r\n\r\n", 400),
+                (b"GET /health HTTP/1.1\r\nHost: a\r\nX: ".ljust(16 * 1024, b"y"), 431),
+                (b"POST /auth HTTP/1.1\r\nHost: a\r\nContent-Length: 9999999\r\n\r\n", 413),
+                (b"POST /auth HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: zip\r\n\r\n", 501),
+            ]:
+                with self.subTest(data[:70]):
+                    head, _, body = service.raw(data).partition(b"\r\n\r\n")
+                    self.assertIn(f" {status} ".encode(), head)
+                    self.assertEqual(json.loads(body)["status_code"], status)
+                    self.assertNotRegex(head + body, rb"(?i)waitress|server:|python|bottle")
+            self.assertEqual(service.request("GET", "/health")[0], 200)
+
+    def test_chunked_and_large_bodies(self):
+        with Service(self.folder, "--demo") as service:
+            body = b'{"username": "roy", "password": "roy"}'
+            head = b"POST /auth HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+            chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+            self.assertIn(b"access_token", service.raw(head + chunked))
+            status, _, text = service.request("POST", "/auth", b"x" * 1_000_000, Content_Type="application/json")
+            self.assertEqual((status, json.loads(text)["status_code"]), (413, 413))
+            self.assertIsInstance(service.login("roy", "roy"), str)
+
+    def test_requests_that_wait_are_not_logged_each(self):
+        with (
+            Service(self.folder, "--demo", "--threads", "1", AUTH_PBKDF2_ITERATIONS="20000") as service,
+            concurrent.futures.ThreadPoolExecutor(16) as pool,
+        ):
+            self.assertEqual({type(token) for token in pool.map(service.login, ["roy"] * 48, ["roy"] * 48)}, {str})
+        self.assertEqual(service.log, "")
+
+
+# --- README ---
+
+
+class ReadmeTest(MySQLCase):
+    """What the README shows is run, in a copy of the project, and what comes out is compared with what it shows."""
+
+    def setUp(self):
+        super().setUp()
+        for name in ["server.py", "schema.sql", "requirements.txt"]:
+            shutil.copy(HERE / name, self.folder)
+        self.port = str(free_port())
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        self.environment |= {"AUTH_PORT": self.port, "PYTHONUNBUFFERED": "1"}
+        self.process = None
+        self.addCleanup(self.stop)
+
+    def blocks(self, language):
+        """The code blocks of the README, with a free port in place of theirs."""
+        found = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+        return [re.sub(r":5000|port=8080", lambda port: port[0][:-4] + self.port, block) for block in found]
+
+    def stop(self):
+        if self.process:
+            self.process.terminate()
+            self.process.wait(30)
+            self.process.stdout.close()
+
+    def start(self, command, lines):
+        """Start a command that serves, in place of the one before; return its first lines."""
+        self.stop()
+        *before, last = command.split(" && ")
+        self.process = subprocess.Popen(
+            ["bash", "-c", " && ".join([*before, f"exec {last}"])],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=sys.stderr,
+            text=True,
+        )
+        return [self.process.stdout.readline().rstrip("\n") for _ in range(lines)]
+
+    def run_in_one_shell(self, commands):
+        """The output lines of each command."""
+        script = "".join(f"{command}\necho END-OF-ONE\n" for command in commands)
+        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-c", script], **options)
+        return [text.split("\n")[:-1] for text in re.split(r"END-OF-ONE\n", done.stdout)[:-1]]
+
+    def assert_prints(self, command, printed, shown):
+        self.assertEqual(len(printed), len(shown), (command, printed))
+        for line, expected in zip(printed, shown, strict=True):
+            pattern = r"[\w.-]+".join(map(re.escape, expected.split("…")))
+            self.assertRegex(line, f"^{pattern}$", command)
+
+    def test_consoles(self):
+        for block in self.blocks("console"):
+            steps = [step.rstrip("\n").split("\n") for step in re.split(r"(?m)^\$ ", block)[1:]]
+            waiting = []
+            for command, *shown in [*steps, [""]]:
+                serves = shown and shown[0].startswith("rest-auth ")
+                if (serves or not command) and waiting:
+                    outputs = self.run_in_one_shell([step[0] for step in waiting])
+                    for (done, *expected), printed in zip(waiting, outputs, strict=True):
+                        self.assert_prints(done, printed, expected)
+                    waiting = []
+                if serves:
+                    self.assert_prints(command, self.start(command, len(shown)), shown)
+                elif command and not command.endswith("-m unittest"):  # that is what runs just now
+                    waiting.append([command, *shown])
+
+    def test_python(self):
+        settings = Settings(database=self.database_of_folder(), keys=str(self.folder / "auth.keys"))
+        sign_in = server.open_sign_in(settings)
+        self.addCleanup(sign_in.close)
+        sign_in.store.add_user("alice", server.hash_password("correct horse", 1))
+        token = sign_in.login("alice", "correct horse", time.time())["access_token"]
+        for block, expected in zip(self.blocks("python"), ["alice", 1], strict=True):
+            self.assertLessEqual(len(block.strip().split("\n")), 10)
+            (self.folder / "hello.py").write_text(block)
+            self.start(f"{sys.executable} hello.py 2>&1", 0)
+            wait_for(lambda: self.fetch("/hello") == 401)
+            self.assertEqual(self.fetch("/hello", token), {"hello": expected})
+
+    def database_of_folder(self):
+        return f"sqlite:///{self.folder}/auth.db"
+
+    def fetch(self, path, token=None, body=None):
+        """The JSON of a 200, else the status, or None where nobody listens."""
+        with contextlib.suppress(OSError):
+            connection = http.client.HTTPConnection("127.0.0.1", int(self.port), timeout=30)
+            with contextlib.closing(connection):
+                headers = {"Authorization": f"Bearer {token}"} if token else {}
+                connection.request(
+                    "POST" if body else "GET", path, body, headers | ({"Content-Type": BadInputTest.FORM})
+                )
+                answer = connection.getresponse()
+                return json.loads(answer.read()) if answer.status == 200 else answer.status
+
+    def test_moving_from_flask_jwt(self):
+        self.raw_sql(TUTORIAL_TABLE)
+        self.raw_sql("INSERT INTO user (username, password) VALUES ('roy', %s)", TUTORIAL_HASH)
+        [block] = self.blocks("sh")
+        block = block.replace("mysql://roytuts:password@127.0.0.1:3306/roytuts", self.database)
+        block = block.replace("the JWT_SECRET_KEY of your app", SECRET).replace(".venv/bin/python", sys.executable)
+        export, serve = block.strip().split("\n")
+        [banner] = self.start(f"{export} && {serve}", 1)
+        self.assertEqual(banner.rpartition(", keys in ")[2], "AUTH_SECRET_KEY")
+        self.assertIn("access_token", self.fetch("/auth", body="username=roy&password=roy"))
+        self.assertIsInstance(self.fetch("/rest-auth", self.token()), str)  # as the old app signed it
+
+
+if __name__ == "__main__":
+    unittest.main()
