@@ -46,7 +46,6 @@ import time
 import unicodedata
 from collections.abc import Callable
 from functools import partial
-from http.client import responses
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -263,7 +262,7 @@ class PayloadTooLarge(AuthError):
     """The body is longer than any that this service has use for."""
 
     default_status = 413
-    error = responses[413]
+    error = "Content Too Large"
 
 
 class InvalidCredentials(AuthError):
@@ -304,21 +303,21 @@ class NotFound(AuthError):
     """What the request names does not exist."""
 
     default_status = 404
-    error = responses[404]
+    error = "Not Found"
 
 
 class Conflict(AuthError):
     """What the request asks for contradicts what is stored, such as two users of one name."""
 
     default_status = 409
-    error = responses[409]
+    error = "Conflict"
 
 
 class Unavailable(AuthError):
     """The database does not answer; the same request may be good in a moment."""
 
     default_status = 503
-    error = responses[503]
+    error = "Service Unavailable"
 
     def __init__(self, description="The database does not answer; try again", retry_after=2):
         super().__init__(description, **{"Retry-After": str(retry_after)})
@@ -1084,14 +1083,16 @@ def parse_form(text):
 
 PARSERS = {"application/json": parse_json, "application/x-www-form-urlencoded": parse_form}
 
-# What Bottle refuses by itself, in our words: its own would be HTML, and quote the request.
-DESCRIPTIONS = {
-    400: "The request cannot be understood",
-    404: "There is nothing at this path",
-    405: "This path does not take this method; the header Allow says which it takes",
-    413: "The body is too long",
-    500: "The server failed; its log says how",
+# What Bottle and waitress refuse by themselves, in our words: theirs are HTML or plain text, and quote the request.
+REFUSALS = {
+    400: ("Bad Request", "The request cannot be understood"),
+    404: ("Not Found", "There is nothing at this path"),
+    405: ("Method Not Allowed", "This path does not take this method; the header Allow says which it takes"),
+    413: ("Content Too Large", "The body is too long"),
+    431: ("Request Header Fields Too Large", "The header is too long"),
+    501: ("Not Implemented", "The body comes in an encoding that is not chunked"),
 }
+FAILURE = ("Internal Server Error", "The server failed; its log says how")
 
 
 def bottle_error(error):
@@ -1103,7 +1104,7 @@ def bottle_error(error):
         if request.method == "OPTIONS":
             return HTTPResponse(status=204, headers={"Allow": allowed})
     response.content_type = "application/json"
-    return error_body(status, responses[status], DESCRIPTIONS.get(status, responses[status]))
+    return error_body(status, *REFUSALS.get(status, FAILURE))
 
 
 def make_app(settings, sign_in=None):
@@ -1131,7 +1132,7 @@ class JSONErrorTask(ErrorTask):
 
     def execute(self):
         error = self.request.error
-        body = error_body(error.code, error.reason, DESCRIPTIONS.get(error.code, error.reason)).encode()
+        body = error_body(error.code, *REFUSALS.get(error.code, FAILURE)).encode()
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.content_length = len(body)

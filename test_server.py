@@ -583,6 +583,7 @@ class SQLiteTest(Case):
 
     def test_memory_is_one_database_for_all_threads_and_gone_at_the_end(self):
         self.settings = dataclasses.replace(self.settings, database="sqlite://")
+        self.store.prepare()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             self.assertEqual(len(set(pool.map(self.add_user, map(str, range(50))))), 50)
             self.assertTrue(all(pool.map(self.store.find_user, map(str, range(50)))))
@@ -1276,7 +1277,7 @@ class BadInputTest:
             with self.subTest(kind=kind[:40], body=body[:60]):
                 answer = self.client.post("/auth", body, {"Content-Type": kind}, status="*")
                 self.assertIn(answer.status_int, statuses, answer.text)
-                error = {400: "Bad Request", 401: "Bad Request", 413: "Request Entity Too Large"}[answer.status_int]
+                error = {400: "Bad Request", 401: "Bad Request", 413: "Content Too Large"}[answer.status_int]
                 self.assert_refused(answer, answer.status_int, error)
         for token in self.tokens():
             with self.subTest(token=token[:80]):
