@@ -6,3 +6,20 @@ CREATE TABLE IF NOT EXISTS user (
   username VARCHAR(255) /*! COLLATE utf8mb4_bin */ NOT NULL UNIQUE,
   password VARCHAR(255) NOT NULL
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
+
+-- One row per sign-in or named API token. Times are seconds since 1970. There is no foreign key:
+-- a user table that was here before may be of another type or engine.
+CREATE TABLE IF NOT EXISTS auth_session (
+  id VARCHAR(22) /*! CHARACTER SET ascii COLLATE ascii_bin */ NOT NULL PRIMARY KEY,
+  user_id BIGINT NOT NULL,
+  name VARCHAR(255) NOT NULL,
+  address VARCHAR(45) NOT NULL,
+  created BIGINT NOT NULL,
+  last_used BIGINT NOT NULL,
+  expires BIGINT NOT NULL,
+  generation BIGINT NOT NULL, -- of its refresh token, counted from 1; 0 is an API token, which has none
+  rotated BIGINT NOT NULL, -- when this generation was made, and
+  kid VARCHAR(43) NOT NULL, -- by which key
+  UNIQUE (user_id, id),
+  UNIQUE (expires, id)
+) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;

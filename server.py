@@ -14,10 +14,17 @@
     TOKEN=$(curl -s -d username=roy -d password=roy http://127.0.0.1:5000/auth | cut -d'"' -f4)
     curl -H "Authorization: Bearer $TOKEN" http://127.0.0.1:5000/rest-auth
 
-    POST /auth        user name and password for an access token
-    GET  /rest-auth   the tutorial's protected route
-    GET  /auth/me     who the token says is calling
-    GET  /health      200 while the database answers, else 503
+    POST   /auth               user name and password for an access token and a refresh token
+    POST   /auth/refresh       a refresh token for a new pair
+    POST   /auth/logout        end this session, the others, or all
+    GET    /auth/me            who is calling, in which session
+    PUT    /auth/password      change one's password; all other sessions end
+    GET    /auth/sessions      one's sessions
+    DELETE /auth/sessions/ID   end one
+    POST   /auth/tokens        a named API token for a script
+    GET    /rest-auth          the tutorial's protected route
+    GET    /.well-known/jwks.json   the public keys
+    GET    /health             200 while the database answers, else 503
 
 The rooms below come in reading order; each uses only those above it.
 """
@@ -27,6 +34,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import getpass
 import hashlib
 import hmac
@@ -36,6 +44,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -53,19 +62,22 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import jwt
 import pymysql
 import waitress
+import waitress.utilities
 from bottle import Bottle, HTTPResponse, PluginError, request, response
-from waitress.channel import HTTPChannel
-from waitress.task import ErrorTask
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("auth")
+log.addHandler(logging.NullHandler())  # silent until the application, or serve_command, sets logging up
 
 
 # --- Settings ---
 # Every knob once, with its unit and its reason. The field token_ttl is the flag --token-ttl and
 # the variable AUTH_TOKEN_TTL. A misspelt or impossible setting stops the start: a door that is
 # set up by guesswork is worse than one that does not open.
+
+
+DAY = 86400  # seconds
 
 
 class SettingsError(ValueError):
@@ -88,10 +100,12 @@ class Settings:
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback put a TLS proxy in front")
     port: int = setting(5000, "port to listen on; 0 takes a free one", (0, 65535))
     secret_key: str = setting(
-        "", "HS256 secret, at least 32 bytes; without it the key file is used", shown=False, flag=False
+        "", "HS256 secret, at least 32 bytes; with a key file as well, that one signs", shown=False, flag=False
     )
     keys: str = setting("auth.keys", "key file, a private JWK Set; made on first start when there is no secret_key")
-    token_ttl: int = setting(300, "seconds an access token lives", (1, 86400))
+    token_ttl: int = setting(300, "seconds an access token lives", (1, DAY))
+    session_ttl: int = setting(30 * DAY, "seconds a session lives from its last refresh on", (1, 3650 * DAY))
+    session_max: int = setting(90 * DAY, "seconds a session lives at the most", (1, 3650 * DAY))
     leeway: int = setting(10, "seconds that the clocks of two hosts may differ", (0, 300))
     pbkdf2_iterations: int = setting(600_000, "cost of a password hash; OWASP's floor", (1, 9_999_999))
     threads: int = setting(16, "requests worked on at once", (1, 256))
@@ -103,7 +117,11 @@ class Settings:
             check_setting(field, getattr(self, field.name))
         parse_database(self.database)
         if self.secret_key:
-            check_secret(self.secret_key)
+            check_secret(self.secret_key.encode("utf-8", "surrogateescape"))
+        if not self.host:
+            raise SettingsError("host: name an address; 0.0.0.0 is all of IPv4, :: all of IPv6")
+        if self.trusted_proxy and not is_address(self.trusted_proxy):
+            raise SettingsError("trusted_proxy: give the IP address that the proxy connects from")
         if '"' in self.realm or "\\" in self.realm or not self.realm.isprintable():
             raise SettingsError('realm: use printable characters other than " and \\')
 
@@ -136,24 +154,33 @@ def check_setting(field, value):
         raise SettingsError(f"{field.name}: {value} is not between {between[0]} and {between[1]}")
 
 
+def is_address(text):
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
 # Secrets that stand in tutorials and manuals: whoever signs with one lets everybody in.
 PUBLISHED_SECRETS = {
-    "secret-key",
-    "super-secret",
-    "your-256-bit-secret",
-    "a-string-secret-at-least-256-bits-long",
-    "a-valid-string-secret-that-is-at-least-512-bits-long-which-is-very-long",
-    "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",
+    b"secret-key",
+    b"super-secret",
+    b"your-256-bit-secret",
+    b"a-string-secret-at-least-256-bits-long",
+    b"a-valid-string-secret-that-is-at-least-512-bits-long-which-is-very-long",
+    b"09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",
 }
 SECRET_MAKER = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 
 def check_secret(secret):
-    """Raise SettingsError for a secret that others know or could guess (RFC 7518, 3.2: 32 bytes for HS256)."""
+    """Raise SettingsError for bytes that others know or could guess (RFC 7518, 3.2: 32 bytes for HS256)."""
     if secret in PUBLISHED_SECRETS:
         raise SettingsError(f"secret_key: this one is published; make your own: {SECRET_MAKER}")
-    if len(secret.encode("utf-8", "surrogateescape")) < 32:
+    if len(secret) < 32:
         raise SettingsError(f"secret_key: shorter than 32 bytes; make a good one: {SECRET_MAKER}")
+    if secret in (secret * 2)[1:-1]:
+        raise SettingsError(f"secret_key: it repeats itself; make a good one: {SECRET_MAKER}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,38 +201,29 @@ class Database:
         return f"mysql://{self.user}@{self.options.get('unix_socket', hosts)}/{self.name}"
 
 
-MYSQL_OPTIONS = {
-    "unix_socket": str,
-    "ssl_ca": str,
-    "ssl_cert": str,
-    "ssl_key": str,
-    "ssl_verify_identity": lambda text: {"true": True, "false": False}[text],
-    "connect_timeout": lambda text: max(1, int(text)),
-    "read_timeout": lambda text: max(1, int(text)),
-    "write_timeout": lambda text: max(1, int(text)),
-}
+SQLITE_FORM = "sqlite:///FILE, with a fourth slash for an absolute path, or sqlite:// for memory"
+MYSQL_FORM = "mysql://USER:PASSWORD@HOST:PORT/NAME, with % : @ / ? # in a password as %25 %3A %40 %2F %3F %23"
+SECONDS = "connect_timeout", "read_timeout", "write_timeout"
+MYSQL_OPTIONS = ("unix_socket", "ssl_ca", "ssl_cert", "ssl_key", "ssl_verify_identity", *SECONDS)
 
 
 def parse_database(url):
-    """Take a database URL apart. Raises SettingsError, which never repeats the URL: it may hold a password."""
+    """Take a database URL apart. Raises SettingsError, which never repeats a part of it: any may hold a password."""
     try:
-        parts = urlsplit(url)
         if url.startswith("sqlite://"):
-            return parse_sqlite(parts)
+            return parse_sqlite(urlsplit(url))
         if url.startswith("mysql://"):
-            return parse_mysql(parts)
-    except (ValueError, KeyError) as error:
-        why = error if isinstance(error, SettingsError) else f"{type(error).__name__}; write % : @ / ? # as %25 %3A …"
+            return parse_mysql(urlsplit(url))
+    except ValueError as error:
+        why = error if isinstance(error, SettingsError) else f"write {MYSQL_FORM}"
         raise SettingsError(f"database: {why}") from None
-    raise SettingsError("database: the URL begins with sqlite:// or mysql://")
+    raise SettingsError("database: a URL begins with sqlite:// or mysql://, such as sqlite:///auth.db")
 
 
 def parse_sqlite(parts):
-    if parts.netloc or parts.query or parts.fragment:
-        raise SettingsError(
-            "a SQLite URL has three slashes and a file, or four and an absolute path: sqlite:///auth.db"
-        )
     name = unquote(parts.path[1:])
+    if parts.netloc or parts.query or parts.fragment or "\0" in name or (parts.path and not name):
+        raise SettingsError(f"write {SQLITE_FORM}")
     return Database("sqlite", "" if name == ":memory:" else name)
 
 
@@ -214,18 +232,28 @@ def parse_mysql(parts):
     user, _, password = userinfo.partition(":")
     name = unquote(parts.path[1:])
     if not user or not name or "/" in name or parts.fragment:
-        raise SettingsError("write mysql://USER:PASSWORD@HOST:PORT/NAME, with % : @ / ? # in a password as %25 %3A …")
+        raise SettingsError(f"write {MYSQL_FORM}")
     pairs = [urlsplit(f"//{host}") for host in hosts.split(",")]
-    options = {}
-    for option, text in parse_qsl(parts.query, keep_blank_values=True):
-        if option not in MYSQL_OPTIONS:
-            raise SettingsError(f"no option {option!r}; there are {', '.join(MYSQL_OPTIONS)}")
-        options[option] = MYSQL_OPTIONS[option](text)
-    if "ssl_ca" in options:  # a named authority is meant to be checked, and the host's name with it
-        options.setdefault("ssl_verify_identity", True)
-        options["ssl_verify_cert"] = True
     hosts = tuple((pair.hostname or "localhost", pair.port or 3306) for pair in pairs)
+    options = parse_options(parse_qsl(parts.query, keep_blank_values=True))
     return Database("mysql", name, unquote(user), unquote(password), hosts, options)
+
+
+def parse_options(pairs):
+    """PyMySQL's own options, of the types that it wants."""
+    options = dict(pairs)
+    if not set(options) <= set(MYSQL_OPTIONS):
+        raise SettingsError(f"an option after ? is none of {', '.join(MYSQL_OPTIONS)}; or {MYSQL_FORM}")
+    for name in SECONDS:
+        if name in options and not re.fullmatch("[1-9][0-9]{0,4}", options[name]):
+            raise SettingsError(f"{name} is a whole number of seconds from 1 on")
+    if options.get("ssl_verify_identity", "true") not in ("true", "false"):
+        raise SettingsError("ssl_verify_identity is true or false")
+    options |= {name: int(options[name]) for name in SECONDS if name in options}
+    if "ssl_ca" in options:  # an authority that is named is meant to be checked, and the host's name with it
+        options["ssl_verify_identity"] = options.get("ssl_verify_identity", "true") == "true"
+        options["ssl_verify_cert"] = True
+    return options
 
 
 # --- Errors ---
@@ -290,6 +318,13 @@ class InvalidToken(AuthError):
     error = "Invalid token"
 
 
+class SessionEnded(InvalidToken):
+    """The token is good and its session is over: signed out, expired, or ended by another."""
+
+    def __init__(self):
+        super().__init__("Session has ended")
+
+
 class UnknownUser(AuthError):
     """The token is good and its user is gone."""
 
@@ -297,6 +332,13 @@ class UnknownUser(AuthError):
 
     def __init__(self):
         super().__init__("User does not exist")
+
+
+class Forbidden(AuthError):
+    """The caller is known, and may not do this."""
+
+    default_status = 403
+    error = "Forbidden"
 
 
 class NotFound(AuthError):
@@ -409,9 +451,11 @@ def needs_rehash(stored, iterations):
 
 
 # --- Store ---
-# Users, in SQLite or MySQL, behind one small surface. The tutorial's table is taken as it is: no
-# unique index, columns that may be NULL, collations that find ROY for roy. So names are compared
-# in Python after the query, and every value is checked before it.
+# Users and sessions, in SQLite or MySQL, behind one small surface. The tutorial's table is taken as
+# it is: no unique index, columns that may be NULL, collations that find ROY for roy. So names are
+# compared in Python after the query, and every value is checked before it.
+
+LOCKED = "!"  # before a hash, as `passwd -l` does it: no password matches, and unlocking restores it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,9 +464,36 @@ class User:
     username: str
     password_hash: str = dataclasses.field(repr=False)
 
+    @property
+    def is_locked(self):
+        return (self.password_hash or "").startswith(LOCKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """One sign-in on one device, or one named API token. Times are whole seconds since 1970."""
+
+    id: str  # random, 128 bits
+    user_id: int
+    name: str  # the API token's, or the User-Agent that signed in
+    address: str
+    created: int
+    last_used: int  # to the minute
+    expires: int
+    generation: int  # of its refresh token, from 1 on; 0 is an API token, which has none
+    rotated: int  # when this generation was made
+    kid: str  # by which key
+
+    @property
+    def is_api_token(self):
+        return self.generation == 0
+
+
+SESSION = ", ".join(field.name for field in dataclasses.fields(Session))
+
 
 class Store:
-    """The user table. Every function raises Unavailable when the database fails.
+    """Users and sessions. Every function raises Unavailable when the database fails.
 
     A connection serves one thread at a time and none is carried over a fork. One that has died is replaced where
     nothing was done on it yet: at the first statement of a read or of a transaction.
@@ -449,20 +520,24 @@ class Store:
         """Make missing tables. Raises SettingsError where that fails, with the command that does it by hand."""
         script = Path(__file__).with_name("schema.sql")
         try:
-            if "user" not in {name for (name,) in self._read(self.list_tables)}:
-                for statement in statements(script.read_text("utf-8")):
+            if not {"user", "auth_session"} <= {name for (name,) in self._read(self.list_tables)}:
+                for statement in statements(read_script(script)):
                     with self.transaction() as run:
                         run(statement)
             self._read("SELECT id, username, password FROM user LIMIT 1")
-        except OSError as error:
-            raise SettingsError(f"{script}: {error.strerror}; schema.sql belongs beside server.py") from None
+            self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
         except Unavailable as failure:
             raise SettingsError(self._advice(failure.__cause__, script)) from None
 
     def close(self):
         """Close the connections that no thread is using."""
+        self._leave_parents()
         while self._idle:
             self._idle.pop().close()
+
+    def ping(self):
+        """Run a query."""
+        self._read("SELECT 1")
 
     # Users
 
@@ -488,19 +563,29 @@ class Store:
                 raise Conflict(f"There is a user {username!r} already")
             return run("INSERT INTO user (username, password) VALUES (?, ?)", username, password_hash).lastrowid
 
-    def set_password(self, user, password_hash):
+    def replace_hash(self, user, password_hash):
         """Replace a user's hash, unless it was replaced since `user` was read: a newer password is never undone."""
         with self.transaction() as run:
-            change = "UPDATE user SET password = ? WHERE id = ? AND COALESCE(password, '') = ?"
-            return run(change, password_hash, user.id, user.password_hash or "").rowcount == 1
+            return self._replace_hash(run, user, password_hash)
+
+    def set_password(self, user, password_hash, keep=""):
+        """Replace a user's hash as replace_hash does, and end the user's sessions save the one whose id is `keep`."""
+        with self.transaction() as run:
+            replaced = self._replace_hash(run, user, password_hash)
+            if replaced:
+                self._end_sessions(run, user.id, keep)
+            return replaced
 
     def remove_user(self, user_id):
-        """Delete a user; True where there was one."""
+        """Delete a user and the user's sessions; True where there was one."""
         with self.transaction() as run:
-            return run("DELETE FROM user WHERE id = ?", user_id).rowcount == 1
+            removed = run("DELETE FROM user WHERE id = ?", user_id).rowcount == 1
+            self._end_sessions(run, user_id)
+            return removed
 
-    def ping(self):
-        self._read("SELECT 1")
+    def _replace_hash(self, run, user, password_hash):
+        change = "UPDATE user SET password = ? WHERE id = ? AND COALESCE(password, '') = ?"
+        return run(change, password_hash, user.id, user.password_hash or "").rowcount == 1
 
     _by_name = "SELECT id, username, password FROM user WHERE username = ?"
 
@@ -511,6 +596,79 @@ class Store:
             ids = ", ".join(str(user.id) for user in users)
             raise Conflict(f"{len(users)} users are named {username!r} (ids {ids}); rename all but one in the table")
         return users[0] if users else None
+
+    # Sessions
+
+    def add_session(self, session, password_hash):
+        """Store a session; False where the user is gone or has another hash by now, such as that of a locked user."""
+        return self._add_session(session, "user WHERE id = ? AND password = ?", session.user_id, password_hash)
+
+    def add_api_token(self, session, maker):
+        """Store the session of an API token; False where the session that makes it has ended."""
+        return self._add_session(session, "auth_session WHERE id = ? AND user_id = ?", maker.id, session.user_id)
+
+    def _add_session(self, session, witness, *values):
+        """Insert where the witness stands: in one statement, for no sign-out may fall between a check and an insert."""
+        columns = dataclasses.astuple(session)
+        marks = ", ".join("?" * len(columns))
+        with self.transaction() as run:
+            insert = f"INSERT INTO auth_session ({SESSION}) SELECT {marks} FROM {witness}"
+            return run(insert, *columns, *values).rowcount == 1
+
+    def get_session(self, sid):
+        """(Session, its User), each None where there is none; in one query."""
+        columns = "s." + SESSION.replace(", ", ", s.")
+        query = (
+            f"SELECT {columns}, u.id, u.username, u.password FROM auth_session s LEFT JOIN user u ON u.id = s.user_id"
+        )
+        rows = self._read(query + " WHERE s.id = ?", sid)
+        if not rows:
+            return None, None
+        *session, user_id, username, password_hash = rows[0]
+        return Session(*session), None if user_id is None else User(user_id, username, password_hash)
+
+    def list_sessions(self, user_id, now):
+        """The user's Sessions that have not expired, newest first."""
+        query = f"SELECT {SESSION} FROM auth_session WHERE user_id = ? AND expires > ? ORDER BY created DESC, id"
+        return [Session(*row) for row in self._read(query, user_id, int(now))]
+
+    def count_sessions(self, now):
+        """How many sessions each user has: {user id: number}."""
+        query = "SELECT user_id, COUNT(*) FROM auth_session WHERE expires > ? GROUP BY user_id"
+        return dict(self._read(query, int(now)))
+
+    def touch_session(self, session, now):
+        with self.transaction() as run:
+            run("UPDATE auth_session SET last_used = ? WHERE id = ? AND last_used < ?", now, session.id, now)
+
+    def advance_session(self, session):
+        """Store the next generation of a session; False where another request has done it, or the session has ended."""
+        with self.transaction() as run:
+            change = "UPDATE auth_session SET generation = ?, rotated = ?, kid = ?, last_used = ?, expires = ?"
+            values = (session.generation, session.rotated, session.kid, session.last_used, session.expires)
+            where = " WHERE id = ? AND generation = ?"
+            return run(change + where, *values, session.id, session.generation - 1).rowcount == 1
+
+    def end_session(self, user_id, sid):
+        """Delete one session of a user; True where there was one."""
+        with self.transaction() as run:
+            return run("DELETE FROM auth_session WHERE id = ? AND user_id = ?", sid, user_id).rowcount == 1
+
+    def end_sessions(self, user_id, keep=""):
+        """Delete a user's sessions save the one whose id is `keep`; return how many."""
+        with self.transaction() as run:
+            return self._end_sessions(run, user_id, keep)
+
+    def _end_sessions(self, run, user_id, keep=""):
+        return run("DELETE FROM auth_session WHERE user_id = ? AND id <> ?", user_id, keep).rowcount
+
+    def prune_sessions(self, now, most):
+        """Delete at most `most` expired sessions."""
+        rows = self._read(f"SELECT id FROM auth_session WHERE expires <= ? ORDER BY expires LIMIT {most:d}", int(now))
+        if rows:
+            marks = ", ".join("?" * len(rows))
+            with self.transaction() as run:
+                run(f"DELETE FROM auth_session WHERE id IN ({marks})", *sorted(sid for (sid,) in rows))
 
     # Connections
 
@@ -546,9 +704,13 @@ class Store:
                     raise
                 self.close()  # what killed one has most likely killed all
 
+    def _leave_parents(self):
+        """After a fork, leave the parent's connections as they are, open and unused, or the parent would lose them."""
+        if self._pid != os.getpid():
+            self._parents, self._idle, self._pid = self._idle, [], os.getpid()
+
     def _take(self):
-        if self._pid != os.getpid():  # forked: the parent's connections stay open here, unused, or it would lose them
-            self._kept_for_parent, self._idle, self._pid = self._idle, [], os.getpid()
+        self._leave_parents()
         try:
             return self._idle.pop(), False
         except IndexError:
@@ -581,6 +743,13 @@ class Store:
         return isinstance(error, self.driver.DataError)
 
 
+def read_script(path):
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}; schema.sql belongs beside server.py") from None
+
+
 def statements(script):
     """Split SQL text. SQLite's own scanner knows comments and strings, which a split at `;` does not."""
     statement = ""
@@ -598,7 +767,8 @@ class SQLiteStore(Store):
 
     def __init__(self, database):
         super().__init__(database)
-        self._address = Path(database.name).absolute().as_uri()
+        self._path = os.path.realpath(database.name)  # a later chdir leads nowhere else
+        self._address = Path(self._path).as_uri()
         if not database.name:  # in memory: a database of this name, alive while one connection is, for one at a time
             self._address = f"file:{secrets.token_hex(8)}?mode=memory&cache=shared"
             self._anchor, self._alone = self._connect(), threading.RLock()
@@ -611,11 +781,15 @@ class SQLiteStore(Store):
     def _connect(self):
         if self.database.name:  # hashes are for the owner's eyes; SQLite gives its other files the same mode
             with contextlib.suppress(OSError):
-                os.close(os.open(self.database.name, os.O_CREAT | os.O_EXCL, 0o600))
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
         connection = sqlite3.connect(self._address, uri=True, timeout=5, isolation_level=None, check_same_thread=False)
-        connection.text_factory = partial(str, encoding="utf-8", errors="replace")  # a damaged row is no exception
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # in WAL mode what survives a power cut
+        try:
+            connection.text_factory = partial(str, encoding="utf-8", errors="replace")  # a damaged row is no exception
+            write_ahead(connection)
+            connection.execute("PRAGMA synchronous = FULL")  # in WAL mode what survives a power cut
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _run(self, connection, sql, *values):
@@ -624,6 +798,20 @@ class SQLiteStore(Store):
 
     def _advice(self, error, script):
         return f"{self.database}: {error}; the file and its folder must be writable, or name another database"
+
+
+def write_ahead(connection, tries=100):
+    """Turn WAL mode on. SQLite does not wait where several do this to a new file at once, so we do."""
+    for _ in range(tries):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            failure = error
+            time.sleep(0.05)
+    raise failure
 
 
 class MySQLStore(Store):
@@ -638,8 +826,8 @@ class MySQLStore(Store):
         for host, port in self.database.hosts:
             try:
                 return self._connect_to(host, port)
-            except RuntimeError as error:  # PyMySQL's word for a login that needs `cryptography`, which is missing
-                raise pymysql.OperationalError(f"{error}; install PyMySQL[rsa]") from None
+            except (RuntimeError, OSError) as error:  # `cryptography` or a certificate's file is missing
+                raise pymysql.OperationalError(0, str(error)) from None
             except pymysql.OperationalError as error:
                 failure = error
         raise failure
@@ -672,86 +860,222 @@ class MySQLStore(Store):
         return incomparable or super()._is_misfit(error)
 
     def _advice(self, error, script):
-        if error.args[:1] in ((1142,), (1044,)):  # may not CREATE
+        if error.args[:1] == (1142,):  # may not CREATE
             name, user = self.database.name, self.database.user
             return f"{user} may not make tables; run as one who may: mariadb {name} < {script}"
-        return f"{self.database}: {error.args[-1]}"
+        return f"{self.database}: {error.args[-1]}; AUTH_DATABASE names the server, the database and the account"
 
 
 # --- Tokens ---
 # The key set signs and verifies; a token's own header chooses nothing but which of our keys to
 # try. Time is an argument everywhere, in seconds since 1970.
 
+MIN_RSA_BITS = 3072
+THUMBPRINT_MEMBERS = {  # RFC 7638, 3.2 and RFC 8037, 2: what identifies a public key, and for oct the secret itself
+    "oct": ("k", "kty"),
+    "OKP": ("crv", "kty", "x"),
+    "EC": ("crv", "kty", "x", "y"),
+    "RSA": ("e", "kty", "n"),
+}
+ALGORITHMS = ("HS256", "EdDSA", "ES256", "RS256")
+
 
 @dataclasses.dataclass(frozen=True)
 class Key:
     kid: str  # the thumbprint (RFC 7638)
-    jwk: jwt.PyJWK = dataclasses.field(repr=False)
+    algorithm: str
+    signer: jwt.PyJWK = dataclasses.field(repr=False)
+    verifier: jwt.PyJWK = dataclasses.field(repr=False)
+    public: dict | None  # as a JWK; a symmetric key has none
+    secret: bytes = dataclasses.field(repr=False)  # what only the key's owner has, for the MAC of refresh tokens
 
     @classmethod
     def from_jwk(cls, jwk):
-        """Read one key of a JWK Set (RFC 7517). Raises SettingsError, which never repeats what it read."""
+        """Read one private key of a JWK Set (RFC 7517). Raises SettingsError, which never repeats what it read."""
         try:
-            key = jwt.PyJWK.from_dict(jwk)
-            key.Algorithm.prepare_key(key.key)
+            members = {name: jwk[name] for name in THUMBPRINT_MEMBERS[jwk["kty"]]}
+            private = jwk["k" if jwk["kty"] == "oct" else "d"]
+            signer = jwt.PyJWK.from_dict(jwk)
+            verifier = jwt.PyJWK.from_dict(members, signer.algorithm_name)
+            signer.Algorithm.sign(b"", signer.Algorithm.prepare_key(signer.key))
         except Exception:  # PyJWT has many words for it, and some of them repeat the key
-            raise SettingsError("a key is not a JSON Web Key (RFC 7517)") from None
-        if key.algorithm_name != "HS256":
-            raise SettingsError(f"a key is for {key.algorithm_name}, not for HS256")
-        return cls(thumbprint({"k": jwk["k"], "kty": "oct"}), key)
+            raise SettingsError("a key is not a private JSON Web Key (RFC 7517)") from None
+        kid, algorithm = thumbprint(members), signer.algorithm_name
+        if algorithm not in ALGORITHMS:
+            raise SettingsError(f"a key is for {algorithm}, which is none of {', '.join(ALGORITHMS)}")
+        public = None if jwk["kty"] == "oct" else {"kid": kid, "use": "sig", "alg": algorithm, **members}
+        return cls(kid, algorithm, signer, verifier, public, private.encode())
 
     @classmethod
     def from_secret(cls, secret):
-        k = base64.urlsafe_b64encode(secret.encode("utf-8", "surrogateescape")).rstrip(b"=").decode()
-        return cls.from_jwk({"kty": "oct", "alg": "HS256", "k": k})
+        return cls.from_jwk({"kty": "oct", "alg": "HS256", "k": base64url(secret.encode("utf-8", "surrogateescape"))})
+
+    def mac(self, message):
+        """A MAC for refresh tokens; the label keeps it apart from what else the key signs."""
+        return base64url(hmac.digest(self.secret, b"rest-auth refresh token\n" + message.encode(), "sha256"))
+
+
+def base64url(data):
+    """RFC 7515, 2: base64url without padding."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def thumbprint(members):
     """RFC 7638, 3: the SHA-256 of the key's required members, sorted, without white space."""
     text = json.dumps(members, sort_keys=True, separators=(",", ":"))
-    return base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+    return base64url(hashlib.sha256(text.encode()).digest())
+
+
+SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
+REFRESH_TOKEN = re.compile(r"([A-Za-z0-9_-]{22})\.([1-9][0-9]{0,15})\.([A-Za-z0-9_-]{43})")
 
 
 class KeySet:
-    """Keys, newest first: the first one signs, all verify."""
+    """Keys, newest first: the first one signs, all verify.
 
-    def __init__(self, keys):
-        self.keys = tuple(keys)
+    Those of a file are read again when it changes, which is looked for once a second and when a token names a key that
+    is not among them. A file that is broken by then leaves the keys as they are, and the log says so.
+    """
+
+    def __init__(self, keys=(), path=""):
+        self._beside = tuple(keys)  # verify beside the file's, and sign where there is no file
+        self._path, self._stamp, self._looked = path, None, 0
+        self.keys = self._beside
 
     @classmethod
     def load(cls, settings, create=False):
-        """The keys that settings name: the secret, or the key file, made first where `create` says so."""
-        if settings.secret_key:
-            return cls([Key.from_secret(settings.secret_key)])
-        if create and not os.path.lexists(settings.keys):
+        """The keys of the key file, then the secret; `create` makes a file where there is neither."""
+        secret = [Key.from_secret(settings.secret_key)] if settings.secret_key else []
+        there = os.path.lexists(settings.keys)
+        if create and not there and not secret:
             create_key_file(settings.keys)
-        return cls(read_key_file(settings.keys))
+        key_set = cls(secret, settings.keys)
+        if there or not secret:
+            key_set._read()
+        return key_set
+
+    def public(self):
+        """The JWK Set of the public keys (RFC 7517, 5)."""
+        return {"keys": [key.public for key in self.keys if key.public]}
 
     def sign(self, claims):
         """Sign a dict of claims and return the token (RFC 7519)."""
+        self._look(claims["iat"])
         key = self.keys[0]
-        return jwt.encode(claims, key.jwk, headers={"kid": key.kid}, sort_headers=False)
+        return jwt.encode(claims, key.signer, headers={"kid": key.kid}, sort_headers=False)
 
     def verify(self, token, now, leeway=0):
         """Return the claims of a token that is good at `now`. Raises InvalidToken, with PyJWT's text."""
+        self._look(now)
         try:
             claims = self._decode(token)
         except jwt.PyJWTError as error:
-            raise InvalidToken(str(error)) from None
+            raise InvalidToken(words_of(error)) from None
         check_claims(claims, now, leeway)
         return claims
 
+    def refresh_token(self, session):
+        """The refresh token of a session's generation: the same each time, and more than the database can tell."""
+        key = next((key for key in self.keys if key.kid == session.kid), self.keys[0])
+        message = f"{session.id}.{session.generation}"
+        return f"{message}.{key.mac(message)}"
+
+    def read_refresh_token(self, token, now):
+        """(session id, generation) of a refresh token that one of the keys has made. Raises InvalidToken."""
+        self._look(now)
+        parts = REFRESH_TOKEN.fullmatch(token)
+        message = token.rpartition(".")[0]
+        for look in (lambda: None, self._read_if_changed):
+            look()
+            if parts and any(hmac.compare_digest(parts[3], key.mac(message)) for key in self.keys):
+                return parts[1], int(parts[2])
+        raise InvalidToken("The refresh token is not one of this service")
+
     def _decode(self, token):
         kid = jwt.get_unverified_header(token).get("kid")
+        if kid is not None and all(kid != key.kid for key in self.keys):
+            self._read_if_changed()
         failure = jwt.InvalidSignatureError("Signature verification failed")
         for key in self.keys:
             if kid not in (None, key.kid):
                 continue
             try:
-                return jwt.decode(token, key.jwk, options=DECODE_OPTIONS)
+                return jwt.decode(token, key.verifier, options=DECODE_OPTIONS)
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError) as error:
                 failure = error
         raise failure
+
+    def _look(self, now):
+        if not self._looked <= now < self._looked + 1:
+            self._looked = now
+            self._read_if_changed()
+
+    def _read_if_changed(self):
+        try:
+            if self._path and file_stamp(self._path) != self._stamp:
+                self._read()
+                log.info("keys read from %s: %s signs", self._path, self.keys[0].kid)
+        except SettingsError as error:
+            log.error("the keys stay as they are: %s", error)
+
+    def _read(self):
+        self._stamp = file_stamp(self._path)
+        keys = read_key_file(self._path)
+        kids = {key.kid for key in keys}
+        self.keys = (*keys, *(key for key in self._beside if key.kid not in kids))
+
+
+def file_stamp(path):
+    """What changes whenever the file does; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
+
+
+class RemoteKeySet:
+    """The public keys that another host publishes (RFC 7517): verifies, and cannot sign."""
+
+    def __init__(self, url, timeout=5):
+        """`timeout`: seconds for a fetch. Raises SettingsError."""
+        try:
+            self._client = jwt.PyJWKClient(url, lifespan=300, timeout=timeout, cooldown_duration=5)  # seconds
+        except jwt.PyJWKClientError as error:
+            raise SettingsError(f"jwks_url: {error}") from None
+        self._lock, self._retry_at = threading.Lock(), 0.0
+
+    def verify(self, token, now, leeway=0):
+        """As KeySet.verify. Raises Unavailable where the keys cannot be fetched."""
+        try:
+            key = self._key(jwt.get_unverified_header(token).get("kid"))
+            claims = jwt.decode(token, key, options=DECODE_OPTIONS)
+        except jwt.PyJWTError as error:
+            raise InvalidToken(words_of(error)) from None
+        check_claims(claims, now, leeway)
+        return claims
+
+    def _key(self, kid):
+        with self._lock:  # one fetch at a time, and none for two seconds after one that failed
+            known = self._client.jwk_set_cache.get()
+            if time.monotonic() < self._retry_at and not (known and any(key.key_id == kid for key in known)):
+                raise Unavailable("The issuer's keys cannot be fetched; try again")
+            try:
+                key = self._client.get_signing_key(kid)
+            except Exception as error:  # what a host that is not ours answers has no bounds
+                if self._client.jwk_set_cache.get() and not isinstance(error, jwt.PyJWKClientConnectionError):
+                    raise InvalidToken("The key of this token is not published") from None
+                log.error("jwks_url: %s", error)
+                self._retry_at = time.monotonic() + 2
+                raise Unavailable("The issuer's keys cannot be fetched; try again") from None
+        if key.algorithm_name not in ALGORITHMS[1:]:  # a symmetric key that is published is nobody's
+            raise InvalidToken("The key of this token is not a public one")
+        return key
+
+
+def words_of(error):
+    """PyJWT's text without what comes after a colon: there it quotes the token, or Python."""
+    return str(error).partition(": ")[0]
 
 
 # PyJWT checks times against the clock of the machine; check_claims does it against `now`.
@@ -773,6 +1097,8 @@ def check_claims(claims, now, leeway):
         raise InvalidToken("The claim identity must be the integer id of a user")
     if claims.get("sub", str(identity)) != str(identity):
         raise InvalidToken("The claims identity and sub name different users")
+    if "sid" in claims and not (isinstance(claims["sid"], str) and SESSION_ID.fullmatch(claims["sid"])):
+        raise InvalidToken("The claim sid must be the id of a session")
     if claims["exp"] <= now - leeway:
         raise InvalidToken("Signature has expired")
     for name in ("iat", "nbf"):
@@ -787,83 +1113,254 @@ def read_key_file(path):
             mode = os.fstat(file.fileno()).st_mode & 0o777
             jwks = json.load(file)["keys"]
     except OSError as error:
-        raise SettingsError(f"key file {path}: {error.strerror}; the service needs to read it") from None
+        raise SettingsError(
+            f"key file {path}: {error.strerror}; the service makes it at its first start; --keys names it"
+        ) from None
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise SettingsError(f'key file {path}: not a JWK Set, {{"keys": […]}}; restore it from a backup') from None
-    if mode & 0o027 and os.name == "posix":
+        raise SettingsError(f'key file {path}: not a JWK Set, {{"keys": […]}}; name another, or restore it') from None
+    if mode & 0o027:
         raise SettingsError(f"key file {path}: open to others (mode {mode:04o}); run: chmod 600 {path}")
     if not isinstance(jwks, list) or not jwks:
-        raise SettingsError(f"key file {path}: holds no keys; restore it from a backup")
+        raise SettingsError(f"key file {path}: holds no keys; name another, or restore it")
     try:
         keys = [Key.from_jwk(jwk) for jwk in jwks]
+        check_keys(keys)
     except SettingsError as error:
         raise SettingsError(f"key file {path}: {error}") from None
-    for key in keys:
-        if problem := key.jwk.Algorithm.check_key_length(key.jwk.key):
-            raise SettingsError(f"key file {path}: {problem}")
     return keys
 
 
+def check_keys(keys):
+    """Raise SettingsError for a key that is too short or there twice."""
+    for key in keys:
+        problem = key.signer.Algorithm.check_key_length(key.signer.key)
+        if key.algorithm == "RS256" and key.signer.key.key_size < MIN_RSA_BITS:
+            problem = f"an RSA key has {key.signer.key.key_size} bits; it needs {MIN_RSA_BITS}"
+        if problem:
+            raise SettingsError(problem)
+        if key.algorithm == "HS256":
+            check_secret(key.signer.key)
+    kids = [key.kid for key in keys]
+    if len(set(kids)) < len(kids):
+        raise SettingsError("a key is there twice; delete one of the two")
+
+
+def new_jwk(algorithm):
+    """A new private key for one of ALGORITHMS, as a JWK."""
+    if algorithm == "HS256":
+        jwk = {"kty": "oct", "k": secrets.token_urlsafe(32)}
+    else:
+        from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+        make = {
+            "EdDSA": ed25519.Ed25519PrivateKey.generate,
+            "ES256": partial(ec.generate_private_key, ec.SECP256R1()),
+            "RS256": partial(rsa.generate_private_key, 65537, MIN_RSA_BITS),
+        }
+        jwk = jwt.get_algorithm_by_name(algorithm).to_jwk(make[algorithm](), as_dict=True)
+        jwk.pop("key_ops", None)
+    return {"kid": Key.from_jwk(jwk).kid, "alg": algorithm, **jwk}
+
+
 def create_key_file(path):
-    """Write a new key. Whoever dies halfway leaves no file, whoever comes second leaves the first one's alone."""
-    jwk = {"kty": "oct", "alg": "HS256", "k": secrets.token_urlsafe(32)}
-    content = json.dumps({"keys": [{**jwk, "kid": Key.from_jwk(jwk).kid}]}, indent=1) + "\n"
-    draft = f"{path}.{secrets.token_hex(4)}"
+    """Write a new key, unless somebody else has just done it."""
+    path = os.path.realpath(path)
+    with locked_folder(path):
+        if not os.path.lexists(path):
+            replace_key_file(path, [new_jwk("HS256")])
+
+
+def rotate_key_file(path, algorithm=None):
+    """Put a new key first, for the algorithm of the first one unless told; return it. Raises SettingsError."""
+    if not os.path.lexists(path):
+        create_key_file(path)
+    with key_file_to_change(path) as jwks:
+        jwks.insert(0, new_jwk(algorithm or Key.from_jwk(jwks[0]).algorithm))
+        return Key.from_jwk(jwks[0])
+
+
+def retire_key(path, kid):
+    """Take a key out of the file. Raises SettingsError for the last one, and for one that is not there."""
+    with key_file_to_change(path) as jwks:
+        kept = [jwk for jwk in jwks if Key.from_jwk(jwk).kid != kid]
+        if len(kept) == len(jwks):
+            raise SettingsError(f"key file {path}: there is no key {kid!r}; `key list` shows which there are")
+        if not kept:
+            raise SettingsError(f"key file {path}: {kid} is the last key; rotate first, then retire it")
+        jwks[:] = kept
+
+
+@contextlib.contextmanager
+def key_file_to_change(path):
+    """The JWKs of a key file as a list to change, by one process at a time."""
+    path = os.path.realpath(path)
+    with locked_folder(path):
+        read_key_file(path)
+        with open(path, encoding="utf-8") as file:
+            jwks = json.load(file)["keys"]
+        yield jwks
+        replace_key_file(path, jwks)
+
+
+@contextlib.contextmanager
+def locked_folder(path):
+    """Keep other processes that come through here out of the folder, until the end of the block or of this process."""
     try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(draft, path)
-        finally:
-            os.unlink(draft)
-    except FileExistsError:
-        return
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
     except OSError as error:
-        raise SettingsError(f"key file {path}: cannot be made: {error.strerror}") from None
+        raise SettingsError(f"key file {path}: cannot be written: {error.strerror}; name another with --keys") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def replace_key_file(path, jwks):
+    """Write a key file in a locked folder, at once or not at all, whatever is cut off; mode and owner stay."""
+    draft = f"{path}.draft"  # one that a kill has left behind is overwritten by the next
+    try:
+        status = os.stat(path) if os.path.exists(path) else None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(json.dumps({"keys": jwks}, indent=1) + "\n")
+            file.flush()
+            if status:
+                with contextlib.suppress(PermissionError):  # root rotates for the service, which has to read it
+                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
+                os.fchmod(file.fileno(), status.st_mode & 0o777)
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        folder = os.open(os.path.dirname(path), os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        raise SettingsError(f"key file {path}: cannot be written: {error.strerror}; name another with --keys") from None
 
 
 # --- Sign-in ---
 # The rules, without HTTP: who gets a token, and whom a token stands for.
 
 
+RETRY_WINDOW = 10  # seconds in which the previous refresh token, sent again, is a client that lost the answer
+TOUCH_AFTER = 60  # seconds between two notes of a session's last use, for each is a write
+PRUNE_AT_ONCE = 10  # expired sessions deleted in passing; each sign-in adds one, so they cannot pile up
+TOKEN_TTL, TOKEN_MAX = 90 * DAY, 366 * DAY  # seconds that an API token lives unless told, and at the most
+
+
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a handler learns of the caller. Without a database `username` is None: the token does not hold it."""
+    """What a handler learns of the caller.
+
+    Without a database `username` and `session` are None: a token does not hold them. A token that was not issued here,
+    such as Flask-JWT's, has no session either.
+    """
 
     id: int
     username: str | None = None
+    session: Session | None = None
 
 
 class SignIn:
-    """Passwords into tokens, tokens into identities. Without a store, a token's claims are all that is known."""
+    """Passwords into sessions, sessions into tokens, tokens into identities.
+
+    `now` is in seconds since 1970. Without a store, a token's claims are all that is known.
+    """
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
 
-    def login(self, username, password, now):
-        """Return what the client gets for a user name and password. Raises InvalidCredentials."""
+    # Tokens
+
+    def login(self, username, password, now, name="", address=""):
+        """Open a session and return its tokens, as the client gets them. Raises InvalidCredentials."""
         if not is_text(username) or not is_text(password):
             raise InvalidCredentials
-        user = self._find(username)
-        stored = user.password_hash if user else None
-        if not verify_password(stored, password, self.settings.pbkdf2_iterations):
-            raise InvalidCredentials
-        self._upgrade(user, password)
-        return self._issue(user, now)
+        for _ in range(3):  # another sign-in may upgrade the hash between our reading it and our relying on it
+            user = self._upgrade(self._check(username, password), password)
+            session = self._new_session(user.id, name, address, now)
+            if self.store.add_session(session, user.password_hash):
+                self._prune(now)
+                return self._tokens(session, now)
+        raise InvalidCredentials
+
+    def refresh(self, token, now):
+        """Return new tokens for a refresh token. Raises InvalidToken, of which SessionEnded, and UnknownUser.
+
+        Each refresh token is good once. The previous one, sent again within RETRY_WINDOW, gets the current one: two
+        tabs, or a lost answer. Any older one is a copy in other hands, and ends the session (RFC 9700, 4.14.2).
+        """
+        sid, generation = self.keys.read_refresh_token(token, now)
+        for _ in range(3):  # of several at once one advances the session; the others read again what it has become
+            session, _user = self._alive(sid, now)
+            if generation == session.generation:
+                advanced = self._advanced(session, now)
+                if self.store.advance_session(advanced):
+                    self._prune(now)
+                    return self._tokens(advanced, now)
+            elif generation == session.generation - 1 and int(now) - session.rotated <= RETRY_WINDOW:
+                return self._tokens(session, now)
+            elif generation < session.generation:
+                self.store.end_session(session.user_id, sid)
+                log.warning("refresh token used again: session %s of user %d ends", sid, session.user_id)
+                raise SessionEnded
+            else:  # the database is older than the token
+                raise InvalidToken("The refresh token is not one of this service")
+        raise Unavailable
+
+    def make_api_token(self, identity, name, expires_in, now, address=""):
+        """Open a session without refresh and return its token. Raises BadRequest and Forbidden."""
+        if identity.session is None or identity.session.is_api_token:
+            raise Forbidden("Only a sign-in can do this, not an API token")
+        if not is_name(name):
+            raise BadRequest("A token's name has 1 to 255 characters, none of them control characters")
+        if type(expires_in) is not int or not 1 <= expires_in <= TOKEN_MAX:
+            raise BadRequest(f"expires_in is a whole number of seconds from 1 to {TOKEN_MAX}")
+        session = self._new_session(identity.id, name, address, now)
+        session = dataclasses.replace(session, generation=0, expires=int(now) + expires_in)
+        if not self.store.add_api_token(session, identity.session):
+            raise SessionEnded
+        return self._access_token(session, now, expires_in) | {"id": session.id, "name": name}
 
     def authenticate(self, token, now):
         """Return the Identity that a token stands for, and its claims. Raises InvalidToken or UnknownUser."""
         claims = self.keys.verify(token, now, self.settings.leeway)
-        if claims["exp"] - claims["iat"] > self.settings.token_ttl:  # it could not be taken back: promise 3
-            raise InvalidToken("A token without a session lives too long")
+        sid = claims.get("sid") if self.store else None
+        if sid is None and claims["exp"] - claims["iat"] > self.settings.token_ttl:  # it could not be taken back
+            raise InvalidToken("A token whose session cannot be looked up lives too long")
         if self.store is None:
             return Identity(claims["identity"]), claims
-        user = self.store.get_user(claims["identity"])
-        if user is None:
-            raise UnknownUser
-        return Identity(user.id, user.username), claims
+        if sid is None:
+            session, user = None, self.store.get_user(claims["identity"])
+            self._demand_user(user)
+        else:
+            session, user = self._alive(sid, now)
+            if user.id != claims["identity"]:
+                raise SessionEnded
+            self._touch(session, now)
+        return Identity(user.id, user.username, session), claims
+
+    # Sessions
+
+    def logout(self, identity, scope):
+        """End the session (scope "local"), the user's other ones ("others"), or all ("global"). Raises BadRequest."""
+        sid = identity.session.id if identity.session else ""
+        if scope == "local" and not sid:
+            raise BadRequest("This token has no session to end; it was not issued here, and ends when it expires")
+        if scope == "local":
+            self.store.end_session(identity.id, sid)
+        elif scope in ("others", "global"):
+            self.store.end_sessions(identity.id, keep=sid if scope == "others" else "")
+        else:
+            raise BadRequest("scope is local, others or global")
+
+    def end_session(self, identity, sid):
+        """End one of the caller's sessions. Raises NotFound."""
+        if not SESSION_ID.fullmatch(sid) or not self.store.end_session(identity.id, sid):
+            raise NotFound("There is no such session")
+
+    # Users
 
     def add_user(self, username, password):
         """Add a user and return the id. Raises BadRequest, which says what is wrong, or Conflict."""
@@ -871,36 +1368,116 @@ class SignIn:
         check_new_password(password)
         return self.store.add_user(username, hash_password(password, self.settings.pbkdf2_iterations))
 
-    def set_password(self, user, password):
-        """Raises BadRequest, or Conflict where somebody else changed it at the same time."""
+    def set_password(self, user, password, keep=""):
+        """Change a password and end the sessions, save the one whose id is `keep`. Raises BadRequest, Conflict."""
         check_new_password(password)
-        if not self.store.set_password(user, hash_password(password, self.settings.pbkdf2_iterations)):
+        if user.is_locked:
+            raise Conflict(f"The user {user.username!r} is locked; unlock first")
+        if not self.store.set_password(user, hash_password(password, self.settings.pbkdf2_iterations), keep):
             raise Conflict(f"The password of {user.username!r} was changed by another just now; look, then try again")
+
+    def change_password(self, identity, current, new):
+        """The caller changes the own password; all other sessions end. Raises BadRequest, Forbidden, Conflict."""
+        if identity.session and identity.session.is_api_token:
+            raise Forbidden("Only a sign-in can do this, not an API token")
+        user = self.store.get_user(identity.id)
+        if not is_text(current) or not verify_password(user and user.password_hash, current):
+            raise BadRequest("current_password is not the current password")
+        self.set_password(user, new, keep=identity.session.id if identity.session else "")
+
+    def lock(self, user):
+        """Keep a user out until unlocked: the hash is marked, the sessions end. Raises Conflict."""
+        self._mark(user, LOCKED + (user.password_hash or ""), user.is_locked, "locked already")
+
+    def unlock(self, user):
+        """Let a user sign in again with the password from before. Raises Conflict."""
+        self._mark(user, (user.password_hash or "")[len(LOCKED) :], not user.is_locked, "not locked")
 
     def close(self):
         if self.store:
             self.store.close()
 
-    def _find(self, username):
+    # What the rules above are made of
+
+    def _check(self, username, password):
+        """The User of this name and password. Raises InvalidCredentials, after the same work for an unknown name."""
         try:
-            return self.store.find_user(username)
+            user = self.store.find_user(username)
         except Conflict as conflict:  # two rows of one name: nobody can say whose password it is
             log.error("login refused: %s", conflict)
-            return None
+            user = None
+        stored = user.password_hash if user else None
+        if not verify_password(stored, password, self.settings.pbkdf2_iterations):
+            raise InvalidCredentials
+        return user
 
     def _upgrade(self, user, password):
+        """The User with a hash of today's cost in place of an older one, where that can be stored."""
         if not needs_rehash(user.password_hash, self.settings.pbkdf2_iterations):
-            return
+            return user
+        upgraded = dataclasses.replace(user, password_hash=hash_password(password, self.settings.pbkdf2_iterations))
         try:
-            self.store.set_password(user, hash_password(password, self.settings.pbkdf2_iterations))
-        except AuthError as error:  # the password was right: the login goes on, the old hash stays good
+            return upgraded if self.store.replace_hash(user, upgraded.password_hash) else user
+        except AuthError as error:  # the password was right: the sign-in goes on, the old hash stays good
             log.warning("the hash of user %d could not be upgraded: %s", user.id, error)
+            return user
 
-    def _issue(self, user, now):
-        iat, ttl = int(now), self.settings.token_ttl
-        claims = {"exp": iat + ttl, "iat": iat, "nbf": iat, "identity": user.id, "sub": str(user.id)}
-        claims["jti"] = secrets.token_urlsafe(16)
+    def _new_session(self, user_id, name, address, now):
+        now = int(now)
+        expires = now + min(self.settings.session_ttl, self.settings.session_max)
+        sid, kid = secrets.token_urlsafe(16), self.keys.keys[0].kid
+        return Session(sid, user_id, name[:255], address[:45], now, now, expires, 1, now, kid)
+
+    def _advanced(self, session, now):
+        now = int(now)
+        expires = min(now + self.settings.session_ttl, session.created + self.settings.session_max)
+        return dataclasses.replace(
+            session,
+            generation=session.generation + 1,
+            rotated=now,
+            last_used=now,
+            expires=expires,
+            kid=self.keys.keys[0].kid,
+        )
+
+    def _tokens(self, session, now):
+        ttl = min(self.settings.token_ttl, session.expires - int(now))
+        return self._access_token(session, now, ttl) | {"refresh_token": self.keys.refresh_token(session)}
+
+    def _access_token(self, session, now, ttl):
+        iat = int(now)
+        claims = {"exp": iat + ttl, "iat": iat, "nbf": iat, "identity": session.user_id, "sub": str(session.user_id)}
+        claims |= {"jti": secrets.token_urlsafe(16), "sid": session.id}
         return {"access_token": self.keys.sign(claims), "token_type": "Bearer", "expires_in": ttl}
+
+    def _alive(self, sid, now):
+        """The Session of this id and its User. Raises SessionEnded or UnknownUser."""
+        session, user = self.store.get_session(sid)
+        if session is None or session.expires <= now:
+            raise SessionEnded
+        self._demand_user(user)
+        return session, user
+
+    def _demand_user(self, user):
+        if user is None:
+            raise UnknownUser
+        if user.is_locked:
+            raise SessionEnded
+
+    def _touch(self, session, now):
+        if now - session.last_used >= TOUCH_AFTER:
+            with contextlib.suppress(Unavailable):  # a database that cannot be written to can still be read
+                self.store.touch_session(session, int(now))
+
+    def _prune(self, now):
+        with contextlib.suppress(AuthError):  # the next sign-in tries again
+            self.store.prune_sessions(now, PRUNE_AT_ONCE)
+
+    def _mark(self, user, password_hash, is_done, words):
+        if is_done:
+            raise Conflict(f"The user {user.username!r} is {words}")
+        if not self.store.set_password(user, password_hash):
+            raise Conflict(f"The password of {user.username!r} was changed by another just now; look, then try again")
 
 
 def open_sign_in(settings):
@@ -919,16 +1496,21 @@ def is_text(value):
     return isinstance(value, str) and value != "" and not re.search("[\ud800-\udfff]", value)
 
 
+def is_name(value):
+    """Text of 1 to 255 characters, none of them control characters."""
+    return is_text(value) and len(value) <= 255 and all(unicodedata.category(c) != "Cc" for c in value)
+
+
 def check_new_username(username):
-    if not is_text(username) or len(username) > 255:
-        raise BadRequest("A user name has 1 to 255 characters")
-    if username != username.strip() or any(unicodedata.category(c) == "Cc" for c in username):
-        raise BadRequest("A user name has no control characters and no white space at its ends")
+    if not is_name(username):
+        raise BadRequest("A user name is Unicode text of 1 to 255 characters, none of them control characters")
+    if username != username.strip():
+        raise BadRequest("A user name has no white space at its ends")
 
 
 def check_new_password(password):
     if not is_text(password):
-        raise BadRequest("A password has at least one character, all of them Unicode")
+        raise BadRequest("A password is Unicode text of at least one character")
 
 
 # --- Plugin ---
@@ -939,34 +1521,37 @@ def check_new_password(password):
 class JWTPlugin:
     """Bottle plugin: app.install(JWTPlugin(secret_key=…)) protects every route that does not say public=True.
 
-    Keywords are fields of Settings. With `database`, each request looks its user up there; without, what a token claims
-    is believed until it expires. A handler that names `identity` or `claims` as a parameter gets it.
+    Keywords are fields of Settings. With `database`, each request looks its session up there; without, what a token
+    claims is believed until it expires, and one that lives longer than token_ttl is refused. With `jwks_url`, keys are
+    those that another host publishes. A handler that names `identity` or `claims` as a parameter gets it.
     """
 
     # No `name`: another plugin of the same name would push this one off a route without a word.
     api = 2
 
-    def __init__(self, sign_in=None, **settings):
+    def __init__(self, sign_in=None, jwks_url=None, **settings):
         if sign_in is None:
             checked = Settings(**settings)
-            store = Store.open(checked.database) if "database" in settings else None
-            sign_in = SignIn(checked, KeySet.load(checked), store)
+            keys = RemoteKeySet(jwks_url) if jwks_url else KeySet.load(checked)
+            sign_in = SignIn(checked, keys, Store.open(checked.database) if "database" in settings else None)
         self.sign_in = sign_in
 
     def setup(self, app):
         """Refuse what would slip past this plugin: a route with skip=…, a mounted app without a plugin of its own."""
+        if any(isinstance(plugin, JWTPlugin) for plugin in app.plugins):
+            raise PluginError("this app has a JWTPlugin already; make_app() installs one")
         for route in app.routes:
-            self._demand_guard(route, app)
+            self._check_declaration(route, app)
         add_route = app.add_route
 
-        def add_guarded_route(route):
-            self._demand_guard(route, app)
+        def add_checked_route(route):
+            self._check_declaration(route, app)
             add_route(route)
 
-        app.add_route = add_guarded_route  # Bottle itself refuses a second plugin that does this to one app
+        app.add_route = add_checked_route
 
     def apply(self, callback, route):
-        wanted = {"identity", "claims"} & set(inspect.signature(route.callback).parameters)
+        wanted = wanted_by(route)
         if is_public(route):
             return callback
 
@@ -996,14 +1581,25 @@ class JWTPlugin:
         error.add_header("WWW-Authenticate", f'JWT realm="{realm}"')
         error.add_header("WWW-Authenticate", f'Bearer realm="{realm}"{sent}')
 
-    def _demand_guard(self, route, app):
+    def _check_declaration(self, route, app):
+        where, wanted = f"{route.method} {route.rule}", wanted_by(route)
         guarded = route.app is app or any(isinstance(plugin, JWTPlugin) for plugin in route.app.plugins)
-        skipped = any(skip in (True, JWTPlugin, self) for skip in route.skiplist)
-        declared = {"identity", "claims"} & set(inspect.signature(route.callback).parameters)
-        if is_public(route) and declared:
-            raise PluginError(f"{route.method} {route.rule} is public, so it has no {' and no '.join(declared)}")
+        skipped = any(skip in (True, self, type(self)) for skip in route.skiplist)
+        if is_public(route) and wanted:
+            raise PluginError(f"{where} is public, so it has no {' and no '.join(wanted)}; take the parameter away")
         if not is_public(route) and (skipped or not guarded):
-            raise PluginError(f"{route.method} {route.rule} would skip JWTPlugin; if that is meant, say public=True")
+            raise PluginError(f"{where} would skip JWTPlugin; if that is meant, say public=True")
+        if not is_public(route) and re.search(r"[<:](identity|claims)\b", route.rule):
+            raise PluginError(f"{where} takes identity or claims from the path; call that part something else")
+
+
+def wanted_by(route):
+    """What the handler names of that which the plugin supplies."""
+    try:
+        parameters = inspect.signature(route.callback).parameters
+    except ValueError:  # some builtins have none
+        return set()
+    return {"identity", "claims"} & set(parameters)
 
 
 def is_public(route):
@@ -1035,10 +1631,30 @@ def answer(value, status=200, **headers):
     return HTTPResponse(json.dumps(value) + "\n", status, {"Content-Type": "application/json"}, **headers)
 
 
+def token_answer(tokens, status=200):
+    return answer(tokens, status, **{"Cache-Control": "no-store"})
+
+
+def client():
+    """What a session keeps of the client that opened it: User-Agent and address."""
+    return {"name": request.environ.get("HTTP_USER_AGENT", ""), "address": request.environ.get("REMOTE_ADDR", "")}
+
+
 def login(sign_in):
     fields = read_fields()
-    tokens = sign_in.login(fields.get("username"), fields.get("password"), time.time())
-    return answer(tokens, **{"Cache-Control": "no-store"})
+    return token_answer(sign_in.login(fields.get("username"), fields.get("password"), time.time(), **client()))
+
+
+def refresh(sign_in):
+    token = read_fields().get("refresh_token")
+    if not isinstance(token, str):
+        raise BadRequest("refresh_token is missing, or not a string")
+    return token_answer(sign_in.refresh(token, time.time()))
+
+
+def logout(sign_in, identity):
+    sign_in.logout(identity, read_fields().get("scope", "local"))
+    return HTTPResponse(status=204)
 
 
 def rest_auth():
@@ -1046,7 +1662,48 @@ def rest_auth():
 
 
 def me(identity):
-    return answer(dataclasses.asdict(identity))
+    session = identity.session and describe(identity.session, identity)
+    return answer({"id": identity.id, "username": identity.username, "session": session})
+
+
+def change_password(sign_in, identity):
+    fields = read_fields()
+    sign_in.change_password(identity, fields.get("current_password"), fields.get("new_password"))
+    return HTTPResponse(status=204)
+
+
+def list_sessions(sign_in, identity):
+    return answer([describe(session, identity) for session in sign_in.store.list_sessions(identity.id, time.time())])
+
+
+def end_session(sign_in, identity, sid):
+    sign_in.end_session(identity, sid)
+    return HTTPResponse(status=204)
+
+
+def make_api_token(sign_in, identity):
+    fields = read_fields()
+    expires_in = fields.get("expires_in", TOKEN_TTL)
+    if is_form() and re.fullmatch("[0-9]{1,9}", str(expires_in)):  # a form has nothing but strings
+        expires_in = int(expires_in)
+    arguments = (identity, fields.get("name"), expires_in, time.time(), client()["address"])
+    return token_answer(sign_in.make_api_token(*arguments), 201)
+
+
+def describe(session, identity):
+    """What its owner may see of a session."""
+    shown = {name: getattr(session, name) for name in ("id", "name", "address", "created", "last_used", "expires")}
+    is_current = identity.session is not None and session.id == identity.session.id
+    return {**shown, "api_token": session.is_api_token, "current": is_current}
+
+
+def jwks(sign_in):
+    body = json.dumps(sign_in.keys.public()) + "\n"
+    etag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
+    headers = {"Content-Type": "application/json", "Cache-Control": "public, max-age=600", "ETag": etag}
+    if request.get_header("If-None-Match") == etag:
+        return HTTPResponse(status=304, headers=headers)
+    return HTTPResponse(body, headers=headers)
 
 
 def health(sign_in):
@@ -1054,14 +1711,23 @@ def health(sign_in):
     return answer({"status": "ok"})
 
 
+def is_form():
+    return content_type() == "application/x-www-form-urlencoded"
+
+
+def content_type():
+    return request.content_type.partition(";")[0].strip()
+
+
 def read_fields():
-    """The body, a JSON object or a form, as a dict. Raises BadRequest or PayloadTooLarge."""
-    with request.body as file:  # Bottle leaves a long one, which it keeps in a temporary file, open
-        body = file.read(MAX_BODY + 1)
+    """The body, a JSON object or a form, as a dict; {} where there is none. Raises BadRequest or PayloadTooLarge."""
+    body = request.body.read(MAX_BODY + 1) if request.content_length <= MAX_BODY else b"x" * (MAX_BODY + 1)
     if len(body) > MAX_BODY:
         raise PayloadTooLarge(f"The body is longer than {MAX_BODY} bytes")
+    if not body and not content_type():
+        return {}
     try:
-        return PARSERS[request.content_type.partition(";")[0].strip()](body.decode())
+        return PARSERS[content_type()](body.decode())
     except KeyError:
         raise BadRequest("Send application/json or application/x-www-form-urlencoded, and say which") from None
     except UnicodeDecodeError:
@@ -1078,6 +1744,8 @@ def parse_json(text):
 
 
 def parse_form(text):
+    if text.lstrip().startswith("{"):
+        raise BadRequest("The body looks like JSON; send the header Content-Type: application/json with it")
     return dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20))
 
 
@@ -1096,15 +1764,18 @@ FAILURE = ("Internal Server Error", "The server failed; its log says how")
 
 
 def bottle_error(error):
-    """Bottle's own 4xx and 5xx as JSON; OPTIONS on a known path is no error."""
-    status = error.status_code
-    if status == 405:
-        allowed = error.headers["Allow"].replace("GET", "GET,HEAD") + ",OPTIONS"
+    """An HTTPError as JSON: Bottle's own in our words, a handler's abort() in its. OPTIONS on a known path is none."""
+    status, allowed = error.status_code, error.headers.get("Allow")
+    if status == 405 and allowed:
+        allowed = allowed.replace("GET", "GET,HEAD") + ",OPTIONS"
         response.set_header("Allow", allowed)
         if request.method == "OPTIONS":
             return HTTPResponse(status=204, headers={"Allow": allowed})
+    name, description = REFUSALS.get(status, FAILURE)
+    if "bottle.route" in request.environ and error.exception is None and isinstance(error.body, str):
+        name, description = error.status_line.partition(" ")[2], error.body
     response.content_type = "application/json"
-    return error_body(status, *REFUSALS.get(status, FAILURE))
+    return error_body(status, name, description)
 
 
 def make_app(settings, sign_in=None):
@@ -1117,8 +1788,15 @@ def make_app(settings, sign_in=None):
     app.default_error_handler = bottle_error
     app.install(JWTPlugin(sign_in))
     app.post("/auth", callback=partial(login, sign_in), public=True)
-    app.get("/rest-auth", callback=rest_auth)
+    app.post("/auth/refresh", callback=partial(refresh, sign_in), public=True)
+    app.post("/auth/logout", callback=partial(logout, sign_in))
     app.get("/auth/me", callback=me)
+    app.put("/auth/password", callback=partial(change_password, sign_in))
+    app.get("/auth/sessions", callback=partial(list_sessions, sign_in))
+    app.delete("/auth/sessions/<sid>", callback=partial(end_session, sign_in))
+    app.post("/auth/tokens", callback=partial(make_api_token, sign_in))
+    app.get("/rest-auth", callback=rest_auth)
+    app.get("/.well-known/jwks.json", callback=partial(jwks, sign_in), public=True)
     app.get("/health", callback=partial(health, sign_in), public=True)
     return app
 
@@ -1127,29 +1805,17 @@ def make_app(settings, sign_in=None):
 # The only room that prints, prompts and ends the process.
 
 
-class JSONErrorTask(ErrorTask):
+def refusal_of_waitress(error, ident=None):
     """What waitress refuses by itself, in the shape of our errors and without its name."""
-
-    def execute(self):
-        error = self.request.error
-        body = error_body(error.code, *REFUSALS.get(error.code, FAILURE)).encode()
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.content_length = len(body)
-        self.set_close_on_finish()
-        self.write(body)
-
-
-class JSONChannel(HTTPChannel):
-    error_task_class = JSONErrorTask
+    body = error_body(error.code, *REFUSALS.get(error.code, FAILURE)).encode()
+    return f"{error.code} {error.reason}", [("Content-Type", "application/json")], body
 
 
 def serve(app, settings, announce):
-    """Serve until SIGINT or SIGTERM; `announce` gets the URL as soon as the port is ours. Raises OSError."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.create_server((settings.host, settings.port), family=family) as listener:
+    """Serve until SIGINT or SIGTERM; `announce` gets the URL as soon as the port is ours. Raises SettingsError."""
+    waitress.utilities.Error.to_response = refusal_of_waitress  # the one place that all its refusals come through
+    with listen(settings) as listener:
         server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
-        server.channel_class = JSONChannel
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit())  # waitress ends its loop at SystemExit
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -1157,6 +1823,15 @@ def serve(app, settings, announce):
             announce(f"http://{host}:{listener.getsockname()[1]}")
             server.run()
         server.close()
+
+
+def listen(settings):
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        where = f"{settings.host} port {settings.port}"
+        raise SettingsError(f"{where}: {error.strerror}; choose others with --host and --port") from None
 
 
 def waitress_settings(settings):
@@ -1177,12 +1852,10 @@ def waitress_settings(settings):
 
 def connection_limit(wanted=4096, reserved=100):
     """Connections to hold at once. Past the descriptors of the process accept() would spin on EMFILE."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 500
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = wanted + reserved if hard == resource.RLIM_INFINITY else min(wanted + reserved, hard)
+    if limit < 2 * reserved:
+        raise SettingsError(f"this process may open {limit} files; it needs {2 * reserved}: raise ulimit -n")
     if soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return limit - reserved
@@ -1192,7 +1865,7 @@ def serve_command(settings, args):
     """Serve until the end, with what is missing made first."""
     keys = "AUTH_SECRET_KEY" if settings.secret_key else settings.keys
     if args.demo:
-        settings, keys = demo_settings(settings), "memory"
+        settings, keys = demo_settings(settings, vars(args)), "memory"
     with contextlib.closing(open_sign_in(settings)) as sign_in:
         if args.demo:
             sign_in.store.add_user("roy", hash_password("roy", settings.pbkdf2_iterations))
@@ -1201,11 +1874,9 @@ def serve_command(settings, args):
             print(f"rest-auth {__version__} on {url}, users in {sign_in.store.database}, keys in {keys}")
             print(DEMO.format(url=url) if args.demo else "", end="", flush=True)
 
-        try:
-            args.serve(make_app(settings, sign_in), settings, announce)
-        except OSError as error:
-            where = f"{settings.host} port {settings.port}"
-            raise SettingsError(f"{where}: {error.strerror}; choose others with --host and --port") from None
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it has a line for every request that waits
+        args.serve(make_app(settings, sign_in), settings, announce)
 
 
 DEMO = """\
@@ -1215,18 +1886,16 @@ Sign in as roy, then open the tutorial's protected route:
 """
 
 
-def demo_settings(settings):
+def demo_settings(settings, flags):
     """Everything in memory, and on loopback only: the whole world knows roy's password."""
-    if settings.host != "localhost" and not is_loopback(settings.host):
+    if "database" in flags or "keys" in flags:
+        raise SettingsError("--demo keeps users and keys in memory; leave --database and --keys out")
+    if settings.host != "localhost" and not (
+        is_address(settings.host) and ipaddress.ip_address(settings.host).is_loopback
+    ):
         raise SettingsError(f"--demo listens on loopback only, not on {settings.host}; leave --host and AUTH_HOST out")
-    return dataclasses.replace(settings, database="sqlite://", secret_key=secrets.token_urlsafe(32))
-
-
-def is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    nowhere = os.path.join(os.devnull, "keys")
+    return dataclasses.replace(settings, database="sqlite://", secret_key=secrets.token_urlsafe(32), keys=nowhere)
 
 
 def init_command(settings, args):
@@ -1238,6 +1907,8 @@ def init_command(settings, args):
 
 def user_command(settings, args):
     with contextlib.closing(Store.open(settings.database)) as store:
+        if args.action is not user_add and store.database.kind == "sqlite" and not os.path.exists(store.database.name):
+            raise SettingsError(f"{store.database}: there is no such file here; --database names another")
         store.prepare()
         args.action(SignIn(settings, None, store), args)
 
@@ -1248,32 +1919,71 @@ def user_add(sign_in, args):
     if sign_in.store.find_user(args.name):
         raise Conflict(f"There is a user {args.name!r} already")
     sign_in.add_user(args.name, new_password())
-    print(f"user {args.name} added")
+    print(f"user {args.name} added to {sign_in.store.database}")
 
 
 def user_passwd(sign_in, args):
-    """Change a user's password; it comes from a prompt or from standard input."""
+    """Change a user's password and end the user's sessions; it comes from a prompt or from standard input."""
     user = named_user(sign_in.store, args.name)
     sign_in.set_password(user, new_password())
-    print(f"password of {args.name} changed")
+    print(f"password of {args.name} changed, sessions ended")
 
 
 def user_list(sign_in, args):
-    """List users: id, user name, method of the password hash."""
+    """List users: id, user name, method of the password hash, number of sessions."""
+    sessions = sign_in.store.count_sessions(time.time())
     for user in sign_in.store.list_users():
         hashed = read_hash(user.password_hash)
         method = f"{hashed.method}:{hashed.rounds}".removesuffix(":0") if hashed else "no usable hash"
-        print(f"{user.id}\t{user.username or '(no name)'}\t{method}")
+        state = "locked" if user.is_locked else method
+        name = user.username or "(no name)"
+        print(f"{user.id}\t{name if name.isprintable() else ascii(name)}\t{state}\t{sessions.get(user.id, 0)}")
+
+
+def user_logout(sign_in, args):
+    """End all sessions of a user, API tokens included."""
+    count = sign_in.store.end_sessions(named_user(sign_in.store, args.name).id)
+    print(f"{count} sessions of {args.name} ended")
+
+
+def user_lock(sign_in, args):
+    """Keep a user out: no password is accepted any more, and the sessions end."""
+    sign_in.lock(named_user(sign_in.store, args.name))
+    print(f"user {args.name} locked, sessions ended")
+
+
+def user_unlock(sign_in, args):
+    """Let a locked user sign in again, with the password from before."""
+    sign_in.unlock(named_user(sign_in.store, args.name))
+    print(f"user {args.name} unlocked")
 
 
 def user_remove(sign_in, args):
-    """Remove a user."""
+    """Remove a user and end the user's sessions."""
     sign_in.store.remove_user(named_user(sign_in.store, args.name).id)
     print(f"user {args.name} removed")
 
 
+def key_list(settings, args):
+    """List keys: kid, algorithm, what it is for."""
+    for number, key in enumerate(KeySet.load(settings).keys):
+        print(f"{key.kid}\t{key.algorithm}\t{'verifies' if number else 'signs and verifies'}")
+
+
+def key_rotate(settings, args):
+    """Add a new key, which signs from now on; the others go on verifying."""
+    key = rotate_key_file(settings.keys, args.alg)
+    print(f"{key.kid} signs now, with {key.algorithm}")
+
+
+def key_retire(settings, args):
+    """Take a key away: whatever it has signed, refresh tokens included, is refused from now on."""
+    retire_key(settings.keys, args.kid)
+    print(f"{args.kid} is retired")
+
+
 def named_user(store, name):
-    user = store.find_user(name)
+    user = store.find_user(name) if is_text(name) else None
     if user is None:
         raise NotFound(f"There is no user {name!r}; `user list` shows who there is")
     return user
@@ -1281,6 +1991,8 @@ def named_user(store, name):
 
 def new_password():
     """A password, asked for twice at a terminal, else the first line of standard input: never an argument."""
+    if sys.stdin is None:
+        raise BadRequest("There is no standard input to read the password from")
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\r\n")
     password = getpass.getpass("New password: ")
@@ -1290,38 +2002,83 @@ def new_password():
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and do not repeat what may be a secret in the wrong place."""
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        message = re.sub(r"(unrecognized arguments|invalid choice): .*?( \(choose from .*)?$", r"\1\2", message)
+        self.exit(2, f"server.py: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in args or ():
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag != "--" and flag not in ALL_FLAGS:
+                meant = difflib.get_close_matches(flag, ALL_FLAGS, 1)
+                self.error(f"there is no {flag}" + (f"; did you mean {meant[0]}?" if meant else ""))
+        return super().parse_known_args(args, namespace)
+
+
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
+
+
+ALL_FLAGS = ["--help", "--version", "--demo", "--alg"]
+ALL_FLAGS += [flag_of(field) for field in dataclasses.fields(Settings) if field.metadata["flag"]]
 
 
 def make_parser():
-    flags = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = flags.add_argument_group("settings", "each is also a variable: --token-ttl is AUTH_TOKEN_TTL")
-    for field in dataclasses.fields(Settings):
-        if field.metadata["flag"]:
-            text = field.metadata["meaning"] + (f" (default: {field.default})" if field.default != "" else "")
-            group.add_argument("--" + field.name.replace("_", "-"), metavar=field.type.__name__.upper(), help=text)
+    parser = Parser(prog="server.py", description=__doc__.partition("\n")[0], epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"rest-auth {__version__}")
+    parser.set_defaults(command=serve_command, demo=False)
+    add_serve_flags(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def add(commands, name, run, **defaults):
-        command = commands.add_parser(name, parents=[flags], help=run.__doc__, description=run.__doc__)
+    def add(commands, name, run, *settings, **defaults):
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         command.set_defaults(**defaults)
+        add_settings(command, *settings)
         return command
 
-    parser = Parser(prog="server.py", parents=[flags], description=__doc__.partition("\n")[0], epilog=EPILOG)
-    parser.add_argument("--version", action="version", version=f"rest-auth {__version__}")
-    parser.add_argument("--demo", action="store_true", help="serve from memory with the user roy, password roy")
-    parser.set_defaults(command=serve_command)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    add(commands, "serve", serve_command, command=serve_command)
-    add(commands, "init", init_command, command=init_command)
-    user = commands.add_parser("user", help="add, change, list and remove users")
-    user.set_defaults(command=user_command)
+    add_serve_flags(add(commands, "serve", serve_command, command=serve_command))
+    add(commands, "init", init_command, "database", command=init_command)
+    user = commands.add_parser("user", help="add, change, list, lock and remove users")
     actions = user.add_subparsers(title="actions", metavar="ACTION", required=True)
-    add(actions, "list", user_list, action=user_list)
-    for name, action in {"add": user_add, "passwd": user_passwd, "remove": user_remove}.items():
-        add(actions, name, action, action=action).add_argument("name", metavar="NAME")
+    for name, action in USER_ACTIONS.items():
+        one = add(actions, name, action, "database", "pbkdf2_iterations", command=user_command, action=action)
+        if action is not user_list:
+            one.add_argument("name", metavar="NAME")
+    key = commands.add_parser("key", help="list, add and retire the keys that sign tokens")
+    actions = key.add_subparsers(title="actions", metavar="ACTION", required=True)
+    add(actions, "list", key_list, "keys", command=key_list)
+    rotate = add(actions, "rotate", key_rotate, "keys", command=key_rotate)
+    rotate.add_argument("--alg", choices=ALGORITHMS, help="(default: that of the key that signs now)")
+    add(actions, "retire", key_retire, "keys", command=key_retire).add_argument("kid", metavar="KID")
     return parser
 
+
+def add_serve_flags(parser):
+    text = "serve from memory with the user roy, password roy"
+    parser.add_argument("--demo", action="store_true", default=argparse.SUPPRESS, help=text)
+    add_settings(parser, *(field.name for field in dataclasses.fields(Settings)))
+
+
+def add_settings(parser, *names):
+    group = parser.add_argument_group("settings", "each is also a variable: --token-ttl is AUTH_TOKEN_TTL")
+    for field in dataclasses.fields(Settings):
+        if field.name in names and field.metadata["flag"]:
+            text = field.metadata["meaning"] + (f" (default: {field.default})" if field.default != "" else "")
+            kind = "NUMBER" if field.type is int else "TEXT"
+            group.add_argument(flag_of(field), metavar=kind, help=text, default=argparse.SUPPRESS)
+
+
+USER_ACTIONS = {
+    "add": user_add,
+    "passwd": user_passwd,
+    "list": user_list,
+    "logout": user_logout,
+    "lock": user_lock,
+    "unlock": user_unlock,
+    "remove": user_remove,
+}
 
 EPILOG = """The secret has no flag, for every user of a machine can read the arguments of every process: put it into the
 variable AUTH_SECRET_KEY, or leave it out and a key file is made. Exit status: 0 good, 1 failed, 2 wrong usage."""
@@ -1337,15 +2094,19 @@ def read_settings(args):
 
 def main(argv=None, serve=serve):
     """Run the command line and return the exit status: 0 good, 1 failed, 2 wrong usage."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it has a line for every request that waits
     try:
-        args = make_parser().parse_args(argv, argparse.Namespace(serve=serve))
+        args = make_parser().parse_args(sys.argv[1:] if argv is None else argv, argparse.Namespace(serve=serve))
+        if args.demo and args.command is not serve_command:
+            raise SettingsError("--demo serves, and goes with no other command")
         args.command(read_settings(args), args)
+        sys.stdout.flush()
         return 0
     except SystemExit as stop:
         return stop.code or 0
-    except (SettingsError, AuthError) as error:
+    except BrokenPipeError:  # the reader, such as `head`, has enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SettingsError, AuthError, OSError, UnicodeError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         print(f"server.py: {error}{cause}", file=sys.stderr)
     except KeyboardInterrupt:
