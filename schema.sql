@@ -23,3 +23,17 @@ CREATE TABLE IF NOT EXISTS auth_session (
   UNIQUE (user_id, id),
   UNIQUE (expires, id)
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
+
+-- Failed sign-ins, counted by user name and address, by address alone and by name alone; and where
+-- a user has signed in from. A name stands as a digest, for people type passwords into its field.
+CREATE TABLE IF NOT EXISTS auth_throttle (
+  name VARCHAR(22) /*! CHARACTER SET ascii COLLATE ascii_bin */ NOT NULL, -- '' counts for all names
+  address VARCHAR(45) NOT NULL, -- '' counts for all addresses
+  failures BIGINT NOT NULL,
+  since BIGINT NOT NULL, -- the first of them
+  latest BIGINT NOT NULL, -- and the last
+  signed_in BIGINT NOT NULL, -- the last good sign-in
+  expires BIGINT NOT NULL,
+  PRIMARY KEY (name, address),
+  UNIQUE (expires, name, address)
+) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;

@@ -31,17 +31,22 @@ The rooms below come in reading order; each uses only those above it.
 
 import argparse
 import base64
+import collections
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import fcntl
+import functools
 import getpass
 import hashlib
 import hmac
+import importlib.util
 import inspect
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -64,11 +69,18 @@ import pymysql
 import waitress
 import waitress.utilities
 from bottle import Bottle, HTTPResponse, PluginError, request, response
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 
 __version__ = "0.1.0"
 
 log = logging.getLogger("auth")
-log.addHandler(logging.NullHandler())  # silent until the application, or serve_command, sets logging up
+
+
+def event(what, /, level=logging.INFO, **facts):
+    """Log one line of JSON: whatever a client puts into a name or a header stays inside its quotes."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    log.log(level, json.dumps({"time": stamp, "event": what, **facts}))
 
 
 # --- Settings ---
@@ -78,6 +90,7 @@ log.addHandler(logging.NullHandler())  # silent until the application, or serve_
 
 
 DAY = 86400  # seconds
+LOTS = 10**9
 
 
 class SettingsError(ValueError):
@@ -108,7 +121,12 @@ class Settings:
     session_max: int = setting(90 * DAY, "seconds a session lives at the most", (1, 3650 * DAY))
     leeway: int = setting(10, "seconds that the clocks of two hosts may differ", (0, 300))
     pbkdf2_iterations: int = setting(600_000, "cost of a password hash; OWASP's floor", (1, 9_999_999))
-    threads: int = setting(16, "requests worked on at once", (1, 256))
+    throttle_pair: int = setting(
+        5, "failed sign-ins in a row by one name from one address, then waits; 0 is off", (0, LOTS)
+    )
+    throttle_address: int = setting(50, "failed sign-ins from one address in 10 minutes; 0 is off", (0, LOTS))
+    throttle_name: int = setting(100, "failed sign-ins by one name in an hour, from new addresses; 0 is off", (0, LOTS))
+    threads: int = setting(16, "requests worked on at once, beside sign-ins", (1, 256))
     trusted_proxy: str = setting("", "address of the proxy whose X-Forwarded-For and -Proto are believed")
     realm: str = setting("Login Required", "realm named in a 401")
 
@@ -159,6 +177,10 @@ def is_address(text):
         return bool(ipaddress.ip_address(text))
     except ValueError:
         return False
+
+
+def is_loopback(host):
+    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 # Secrets that stand in tutorials and manuals: whoever signs with one lets everybody in.
@@ -261,6 +283,13 @@ def parse_options(pairs):
 # whatever app a route is merged or mounted into sends it as it is; nothing translates it.
 
 
+JSON_HEADERS = {
+    "Content-Type": "application/json",
+    "X-Content-Type-Options": "nosniff",  # no browser shall take it for HTML
+    "Cache-Control": "no-store",  # it is about one caller, now
+}
+
+
 def error_body(status, error, description):
     return json.dumps({"status_code": status, "error": error, "description": description}) + "\n"
 
@@ -274,7 +303,7 @@ class AuthError(HTTPResponse):
     def __init__(self, description, **headers):
         self.description = description
         body = error_body(self.default_status, self.error, description)
-        super().__init__(body, self.default_status, {"Content-Type": "application/json"}, **headers)
+        super().__init__(body, self.default_status, JSON_HEADERS | headers)
 
     def __str__(self):
         return self.description
@@ -355,6 +384,19 @@ class Conflict(AuthError):
     error = "Conflict"
 
 
+class TooManyRequests(AuthError):
+    """Too many sign-ins have failed; even the right password is refused for a while."""
+
+    default_status = 429
+    error = "Too Many Requests"
+
+    def __init__(self, wait):
+        """`wait`: seconds until it may be tried again."""
+        seconds = max(1, math.ceil(wait))
+        description = f"Too many failed sign-ins; try again in {seconds} s"
+        super().__init__(description, **{"Retry-After": str(seconds)})
+
+
 class Unavailable(AuthError):
     """The database does not answer; the same request may be good in a moment."""
 
@@ -394,7 +436,9 @@ def read_django_pbkdf2(name, rounds, salt, digest):
 
 def read_werkzeug_scrypt(n, r, p, salt, digest):
     costs = {"n": int(n), "r": int(r), "p": int(p), "maxmem": 256 * 2**20}  # bytes; werkzeug's default takes 32 MiB
-    return StoredHash("scrypt", 0, partial(hashlib.scrypt, salt=salt.encode(), **costs), bytes.fromhex(digest))
+    return StoredHash(
+        f"scrypt:{n}:{r}:{p}", 0, partial(hashlib.scrypt, salt=salt.encode(), **costs), bytes.fromhex(digest)
+    )
 
 
 # The salt is used as its text, not decoded. A digest that is cut short matches no pattern's length
@@ -425,16 +469,46 @@ def hash_password(password, iterations=Settings.pbkdf2_iterations):
 def verify_password(stored, password, iterations=0):
     """Is this the password of this stored hash? False for a hash that is malformed, unknown, empty or None.
 
-    At least `iterations` rounds are spent, whatever the hash, so that the time an answer takes does not tell an
-    unknown user, a malformed hash or an old cheap one from a wrong password.
+    As much time is spent as `iterations` rounds of PBKDF2-SHA256 take, or more, so that an answer's time does not tell
+    an unknown user, a malformed hash or an old cheap one from a wrong password.
     """
     secret = password.encode("utf-8", "surrogatepass")
     hashed = read_hash(stored)
     good = hashed is not None and is_match(hashed, secret)
-    rounds = hashed.rounds if hashed else 0
-    if rounds < iterations:
-        hashlib.pbkdf2_hmac("sha256", secret, b"spent", iterations - rounds)
+    rounds = iterations - cost_of(stored)
+    if rounds > 0:
+        hashlib.pbkdf2_hmac("sha256", secret, b"spent", rounds)
     return good
+
+
+def cost_of(stored):
+    """How many rounds of PBKDF2-SHA256 take as long as verifying this hash does on this machine; 0 where none is."""
+    hashed = read_hash(stored)
+    if hashed is None:
+        return 0
+    if hashed.method.startswith("scrypt"):
+        return round(seconds_of(hashed.method) / seconds_of("pbkdf2:sha256") * TRIAL_ROUNDS)
+    name = "pbkdf2:" + re.split("[:_]", hashed.method)[1]
+    return round(hashed.rounds * seconds_of(name) / seconds_of("pbkdf2:sha256"))
+
+
+TRIAL_ROUNDS = 10_000
+
+
+@functools.lru_cache(maxsize=64)
+def seconds_of(method):
+    """Processor time of a scrypt hash, or of TRIAL_ROUNDS rounds of PBKDF2: the least of three, once per process."""
+    if method.startswith("scrypt"):
+        derive = read_hash(f"{method}$salt${'0' * 128}").derive
+    else:
+        derive = partial(hashlib.pbkdf2_hmac, method.partition(":")[2], salt=b"salt", iterations=TRIAL_ROUNDS)
+    taken = []
+    for _ in range(3):
+        start = time.thread_time()
+        with contextlib.suppress(ValueError):  # costs that scrypt refuses take no time
+            derive(b"password")
+        taken.append(time.thread_time() - start)
+    return min(taken)
 
 
 def is_match(hashed, secret):
@@ -489,7 +563,33 @@ class Session:
         return self.generation == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Failed sign-ins since a time, the latest of them, and the last good one. Whole seconds since 1970."""
+
+    failures: int = 0
+    since: int = 0
+    latest: int = 0
+    signed_in: int = 0
+
+
 SESSION = ", ".join(field.name for field in dataclasses.fields(Session))
+
+
+def again_after_deadlock(method):
+    """Call a method of Store once more, or twice, when the database has undone it because it met another's (1213)."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **values):
+        for last in (False, False, True):
+            try:
+                return method(self, *args, **values)
+            except Unavailable as failure:
+                if last or not self._is_deadlock(failure.__cause__):
+                    raise
+        return None  # never reached
+
+    return wrapper
 
 
 class Store:
@@ -503,6 +603,7 @@ class Store:
     begin = ""  # the SQL that starts a transaction
     lock = ""  # the SQL that locks the rows a SELECT finds until the transaction ends
     list_tables = ""
+    insert_new = ""  # INSERT that leaves a row that is there already as it is
 
     def __init__(self, database):
         self.database = database
@@ -520,7 +621,7 @@ class Store:
         """Make missing tables. Raises SettingsError where that fails, with the command that does it by hand."""
         script = Path(__file__).with_name("schema.sql")
         try:
-            if not {"user", "auth_session"} <= {name for (name,) in self._read(self.list_tables)}:
+            if self.missing_tables():
                 for statement in statements(read_script(script)):
                     with self.transaction() as run:
                         run(statement)
@@ -535,9 +636,20 @@ class Store:
         while self._idle:
             self._idle.pop().close()
 
+    def missing_tables(self):
+        return sorted({"user", "auth_session", "auth_throttle"} - {name for (name,) in self._read(self.list_tables)})
+
     def ping(self):
         """Run a query."""
         self._read("SELECT 1")
+
+    def clock(self):
+        """The database's time, in seconds since 1970."""
+        return time.time()  # SQLite has no other than ours
+
+    def is_private(self):
+        """Does nobody else read what goes to and from the database? It is on this host, or behind TLS."""
+        return True
 
     # Users
 
@@ -556,6 +668,7 @@ class Store:
     def list_users(self):
         return [User(*row) for row in self._read("SELECT id, username, password FROM user ORDER BY id")]
 
+    @again_after_deadlock
     def add_user(self, username, password_hash):
         """Add a user and return the id. Raises Conflict where the name is taken, BadRequest where it does not fit."""
         with self.transaction() as run:
@@ -563,11 +676,13 @@ class Store:
                 raise Conflict(f"There is a user {username!r} already")
             return run("INSERT INTO user (username, password) VALUES (?, ?)", username, password_hash).lastrowid
 
+    @again_after_deadlock
     def replace_hash(self, user, password_hash):
         """Replace a user's hash, unless it was replaced since `user` was read: a newer password is never undone."""
         with self.transaction() as run:
             return self._replace_hash(run, user, password_hash)
 
+    @again_after_deadlock
     def set_password(self, user, password_hash, keep=""):
         """Replace a user's hash as replace_hash does, and end the user's sessions save the one whose id is `keep`."""
         with self.transaction() as run:
@@ -576,6 +691,7 @@ class Store:
                 self._end_sessions(run, user.id, keep)
             return replaced
 
+    @again_after_deadlock
     def remove_user(self, user_id):
         """Delete a user and the user's sessions; True where there was one."""
         with self.transaction() as run:
@@ -607,6 +723,7 @@ class Store:
         """Store the session of an API token; False where the session that makes it has ended."""
         return self._add_session(session, "auth_session WHERE id = ? AND user_id = ?", maker.id, session.user_id)
 
+    @again_after_deadlock
     def _add_session(self, session, witness, *values):
         """Insert where the witness stands: in one statement, for no sign-out may fall between a check and an insert."""
         columns = dataclasses.astuple(session)
@@ -637,10 +754,12 @@ class Store:
         query = "SELECT user_id, COUNT(*) FROM auth_session WHERE expires > ? GROUP BY user_id"
         return dict(self._read(query, int(now)))
 
+    @again_after_deadlock
     def touch_session(self, session, now):
         with self.transaction() as run:
             run("UPDATE auth_session SET last_used = ? WHERE id = ? AND last_used < ?", now, session.id, now)
 
+    @again_after_deadlock
     def advance_session(self, session):
         """Store the next generation of a session; False where another request has done it, or the session has ended."""
         with self.transaction() as run:
@@ -649,11 +768,13 @@ class Store:
             where = " WHERE id = ? AND generation = ?"
             return run(change + where, *values, session.id, session.generation - 1).rowcount == 1
 
+    @again_after_deadlock
     def end_session(self, user_id, sid):
         """Delete one session of a user; True where there was one."""
         with self.transaction() as run:
             return run("DELETE FROM auth_session WHERE id = ? AND user_id = ?", sid, user_id).rowcount == 1
 
+    @again_after_deadlock
     def end_sessions(self, user_id, keep=""):
         """Delete a user's sessions save the one whose id is `keep`; return how many."""
         with self.transaction() as run:
@@ -662,13 +783,75 @@ class Store:
     def _end_sessions(self, run, user_id, keep=""):
         return run("DELETE FROM auth_session WHERE user_id = ? AND id <> ?", user_id, keep).rowcount
 
+    @again_after_deadlock
     def prune_sessions(self, now, most):
         """Delete at most `most` expired sessions."""
         rows = self._read(f"SELECT id FROM auth_session WHERE expires <= ? ORDER BY expires LIMIT {most:d}", int(now))
         if rows:
             marks = ", ".join("?" * len(rows))
             with self.transaction() as run:
-                run(f"DELETE FROM auth_session WHERE id IN ({marks})", *sorted(sid for (sid,) in rows))
+                sids = sorted(sid for (sid,) in rows)
+                run(f"DELETE FROM auth_session WHERE id IN ({marks}) AND expires <= ?", *sids, int(now))
+
+    # Failed sign-ins
+
+    def get_counts(self, name, address):
+        """The Counts of a name from an address, of the address, and of the name, in this order; one query."""
+        keys = (name, address), ("", address), (name, "")
+        where = " OR ".join(["(name = ? AND address = ?)"] * len(keys))
+        query = f"SELECT name, address, failures, since, latest, signed_in FROM auth_throttle WHERE {where}"
+        found = {row[:2]: Count(*row[2:]) for row in self._read(query, *(part for key in keys for part in key))}
+        return [found.get(key, Count()) for key in keys]
+
+    @again_after_deadlock
+    def count_failure(self, name, address, now, memories):
+        """Add a failure to each of the three; one whose last (or first) is longer ago than its memory starts anew."""
+        keys = (name, address), ("", address), (name, "")
+        with self.transaction() as run:
+            for key, (column, seconds) in zip(keys, memories, strict=True):
+                run(f"{self.insert_new} INTO auth_throttle VALUES (?, ?, 0, ?, ?, 0, ?)", *key, now, now, now + seconds)
+                over = f"{column} + {seconds:d} <= {now:d}"
+                run(
+                    f"UPDATE auth_throttle SET failures = CASE WHEN {over} THEN 1 ELSE failures + 1 END, "
+                    f"since = CASE WHEN {over} THEN ? ELSE since END, latest = ?, "
+                    "expires = CASE WHEN expires < ? THEN ? ELSE expires END WHERE name = ? AND address = ?",
+                    *(now, now, now + seconds, now + seconds, *key),
+                )
+
+    @again_after_deadlock
+    def count_sign_in(self, name, address, now, memory):
+        """Note a good sign-in, which forgets the failures of this name from this address."""
+        with self.transaction() as run:
+            run(f"{self.insert_new} INTO auth_throttle VALUES (?, ?, 0, ?, ?, 0, ?)", name, address, now, now, now)
+            change = "UPDATE auth_throttle SET failures = 0, signed_in = ?, expires = ? WHERE name = ? AND address = ?"
+            run(change, now, now + memory, name, address)
+
+    @again_after_deadlock
+    def forget_failures(self, name):
+        """Forget the failures of a name, from everywhere."""
+        with self.transaction() as run:
+            run("UPDATE auth_throttle SET failures = 0 WHERE name = ?", name)
+
+    @again_after_deadlock
+    def note_forwarder(self, address, now):
+        """Keep for a day that X-Forwarded-For came from an address that is no trusted proxy."""
+        with self.transaction() as run:
+            row = "x-forwarded-for", address, now, now, now + DAY
+            run(f"{self.insert_new} INTO auth_throttle VALUES (?, ?, 0, ?, ?, 0, ?)", *row)
+
+    def get_forwarders(self, now):
+        """The addresses of note_forwarder."""
+        query = "SELECT address FROM auth_throttle WHERE name = 'x-forwarded-for' AND expires > ?"
+        return [address for (address,) in self._read(query, int(now))]
+
+    @again_after_deadlock
+    def prune_counts(self, now, most):
+        """Delete at most `most` expired counts."""
+        query = f"SELECT name, address FROM auth_throttle WHERE expires <= ? ORDER BY expires LIMIT {most:d}"
+        if rows := self._read(query, int(now)):
+            with self.transaction() as run:
+                for row in sorted(rows):
+                    run("DELETE FROM auth_throttle WHERE name = ? AND address = ? AND expires <= ?", *row, int(now))
 
     # Connections
 
@@ -733,10 +916,14 @@ class Store:
         except self.driver.Error as error:
             if self._is_misfit(error):
                 raise BadRequest("The table's columns are too short, or cannot write these characters") from error
-            log.error("database: %s", error)
+            if not self._is_deadlock(error):
+                event("database_error", logging.ERROR, error=str(error))
             raise Unavailable() from error
 
     def _is_dead(self, error):
+        return False
+
+    def _is_deadlock(self, error):
         return False
 
     def _is_misfit(self, error):
@@ -764,6 +951,7 @@ class SQLiteStore(Store):
     driver = sqlite3
     begin = "BEGIN IMMEDIATE"
     list_tables = "SELECT name FROM sqlite_master"
+    insert_new = "INSERT OR IGNORE"
 
     def __init__(self, database):
         super().__init__(database)
@@ -821,6 +1009,7 @@ class MySQLStore(Store):
     begin = "START TRANSACTION"
     lock = " FOR UPDATE"
     list_tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
+    insert_new = "INSERT IGNORE"
 
     def _connect(self):
         for host, port in self.database.hosts:
@@ -843,6 +1032,7 @@ class MySQLStore(Store):
             charset="utf8mb4",
             autocommit=True,  # else a read would see the world as of this connection's first read
             sql_mode="STRICT_ALL_TABLES",  # else a value that is too long is cut without a word
+            init_command="SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",  # else INSERT … SELECT locks no row
             **options,
         )
 
@@ -851,9 +1041,20 @@ class MySQLStore(Store):
         cursor.execute(sql.replace("?", "%s"), values)
         return cursor
 
+    def clock(self):
+        return float(self._read("SELECT UNIX_TIMESTAMP(NOW(3))")[0][0])
+
+    def is_private(self):
+        if "unix_socket" in self.database.options or all(is_loopback(host) for host, _ in self.database.hosts):
+            return True
+        return bool(self._read("SHOW SESSION STATUS LIKE 'Ssl_cipher'")[0][1])
+
     def _is_dead(self, error):
         lost = isinstance(error, pymysql.OperationalError) and error.args[0] in (2006, 2013)
         return lost or isinstance(error, pymysql.InterfaceError)
+
+    def _is_deadlock(self, error):
+        return error.args[:1] == (1213,)
 
     def _is_misfit(self, error):
         incomparable = error.args[:1] in ((1267,), (3988,))  # a latin1 column and a name in another alphabet
@@ -911,8 +1112,8 @@ class Key:
         return cls.from_jwk({"kty": "oct", "alg": "HS256", "k": base64url(secret.encode("utf-8", "surrogateescape"))})
 
     def mac(self, message):
-        """A MAC for refresh tokens; the label keeps it apart from what else the key signs."""
-        return base64url(hmac.digest(self.secret, b"rest-auth refresh token\n" + message.encode(), "sha256"))
+        """A MAC for what this service reads itself; the label keeps it apart from what else the key signs."""
+        return base64url(hmac.digest(self.secret, b"rest-auth\n" + message.encode(), "sha256"))
 
 
 def base64url(data):
@@ -939,7 +1140,8 @@ class KeySet:
 
     def __init__(self, keys=(), path=""):
         self._beside = tuple(keys)  # verify beside the file's, and sign where there is no file
-        self._path, self._stamp, self._looked = path, None, 0
+        self._path, self._stamp, self._looked, self._failure = path, None, 0.0, None
+        self._reading = threading.Lock()  # or who reads an older file might have the last word
         self.keys = self._beside
 
     @classmethod
@@ -954,9 +1156,15 @@ class KeySet:
             key_set._read()
         return key_set
 
-    def public(self):
+    def public(self, now):
         """The JWK Set of the public keys (RFC 7517, 5)."""
+        self._look(now)
         return {"keys": [key.public for key in self.keys if key.public]}
+
+    def signing_kid(self, now):
+        """The kid of the key that signs at `now`."""
+        self._look(now)
+        return self.keys[0].kid
 
     def sign(self, claims):
         """Sign a dict of claims and return the token (RFC 7519)."""
@@ -976,6 +1184,8 @@ class KeySet:
 
     def refresh_token(self, session):
         """The refresh token of a session's generation: the same each time, and more than the database can tell."""
+        if all(key.kid != session.kid for key in self.keys):
+            self._read_if_changed()
         key = next((key for key in self.keys if key.kid == session.kid), self.keys[0])
         message = f"{session.id}.{session.generation}"
         return f"{message}.{key.mac(message)}"
@@ -990,6 +1200,10 @@ class KeySet:
             if parts and any(hmac.compare_digest(parts[3], key.mac(message)) for key in self.keys):
                 return parts[1], int(parts[2])
         raise InvalidToken("The refresh token is not one of this service")
+
+    def digest(self, text):
+        """What stands for a text in the database, as long as the oldest key stays."""
+        return self.keys[-1].mac(f"digest of {text}")[:22]
 
     def _decode(self, token):
         kid = jwt.get_unverified_header(token).get("kid")
@@ -1006,23 +1220,32 @@ class KeySet:
         raise failure
 
     def _look(self, now):
-        if not self._looked <= now < self._looked + 1:
+        if not -1 < now - self._looked < 1:
             self._looked = now
             self._read_if_changed()
 
     def _read_if_changed(self):
-        try:
-            if self._path and file_stamp(self._path) != self._stamp:
+        with self._reading:
+            stamp = file_stamp(self._path)
+            if not self._path or stamp == self._stamp:
+                return
+            try:
                 self._read()
-                log.info("keys read from %s: %s signs", self._path, self.keys[0].kid)
-        except SettingsError as error:
-            log.error("the keys stay as they are: %s", error)
+            except (
+                SettingsError
+            ) as error:  # tried again at the next look: what is missing may be a mode, or a descriptor
+                if self._failure != (stamp, str(error)):
+                    self._failure = stamp, str(error)
+                    event("key_file_refused", logging.ERROR, error=f"{error}; the keys stay as they are")
+            else:
+                event("key_rotated", signs=self.keys[0].kid, verify=[key.kid for key in self.keys])
 
     def _read(self):
-        self._stamp = file_stamp(self._path)
+        stamp = file_stamp(self._path)
         keys = read_key_file(self._path)
         kids = {key.kid for key in keys}
         self.keys = (*keys, *(key for key in self._beside if key.kid not in kids))
+        self._stamp, self._failure = stamp, None
 
 
 def file_stamp(path):
@@ -1034,6 +1257,9 @@ def file_stamp(path):
     return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
 
 
+NO_PUBLIC_KEYS = "The issuer's public keys are not to be had; try again"
+
+
 class RemoteKeySet:
     """The public keys that another host publishes (RFC 7517): verifies, and cannot sign."""
 
@@ -1041,7 +1267,7 @@ class RemoteKeySet:
         """`timeout`: seconds for a fetch. Raises SettingsError."""
         try:
             self._client = jwt.PyJWKClient(url, lifespan=300, timeout=timeout, cooldown_duration=5)  # seconds
-        except jwt.PyJWKClientError as error:
+        except (jwt.PyJWKClientError, ValueError) as error:
             raise SettingsError(f"jwks_url: {error}") from None
         self._lock, self._retry_at = threading.Lock(), 0.0
 
@@ -1056,21 +1282,32 @@ class RemoteKeySet:
         return claims
 
     def _key(self, kid):
-        with self._lock:  # one fetch at a time, and none for two seconds after one that failed
-            known = self._client.jwk_set_cache.get()
-            if time.monotonic() < self._retry_at and not (known and any(key.key_id == kid for key in known)):
-                raise Unavailable("The issuer's keys cannot be fetched; try again")
-            try:
-                key = self._client.get_signing_key(kid)
-            except Exception as error:  # what a host that is not ours answers has no bounds
-                if self._client.jwk_set_cache.get() and not isinstance(error, jwt.PyJWKClientConnectionError):
-                    raise InvalidToken("The key of this token is not published") from None
-                log.error("jwks_url: %s", error)
-                self._retry_at = time.monotonic() + 2
-                raise Unavailable("The issuer's keys cannot be fetched; try again") from None
+        key = self._known(kid) or self._fetched(kid)
         if key.algorithm_name not in ALGORITHMS[1:]:  # a symmetric key that is published is nobody's
             raise InvalidToken("The key of this token is not a public one")
         return key
+
+    def _known(self, kid):
+        return next((key for key in self._client.jwk_set_cache.get() or () if key.key_id == kid), None)
+
+    def _fetched(self, kid):
+        """The key after a fetch: one at a time, and none for two seconds after one that failed."""
+        if not self._lock.acquire(timeout=self._client.timeout):
+            raise Unavailable(NO_PUBLIC_KEYS)
+        try:
+            if time.monotonic() < self._retry_at:
+                raise Unavailable(NO_PUBLIC_KEYS)
+            return self._client.get_signing_key(kid)
+        except AuthError:
+            raise
+        except Exception as error:  # what a host that is not ours answers has no bounds
+            if self._client.jwk_set_cache.get() and not isinstance(error, jwt.PyJWKClientConnectionError):
+                raise InvalidToken("The key of this token is not published") from None
+            event("jwks_error", logging.ERROR, error=str(error))
+            self._retry_at = time.monotonic() + 2
+            raise Unavailable(NO_PUBLIC_KEYS) from None
+        finally:
+            self._lock.release()
 
 
 def words_of(error):
@@ -1109,13 +1346,11 @@ def check_claims(claims, now, leeway):
 def read_key_file(path):
     """The Keys of a private JWK Set. Raises SettingsError for a file that is open to others or malformed."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as file:  # a FIFO would wait for ever
             mode = os.fstat(file.fileno()).st_mode & 0o777
             jwks = json.load(file)["keys"]
     except OSError as error:
-        raise SettingsError(
-            f"key file {path}: {error.strerror}; the service makes it at its first start; --keys names it"
-        ) from None
+        raise SettingsError(f"key file {path}: {error.strerror}; the service makes it at its first start") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         raise SettingsError(f'key file {path}: not a JWK Set, {{"keys": […]}}; name another, or restore it') from None
     if mode & 0o027:
@@ -1171,16 +1406,15 @@ def create_key_file(path):
 
 
 def rotate_key_file(path, algorithm=None):
-    """Put a new key first, for the algorithm of the first one unless told; return it. Raises SettingsError."""
-    if not os.path.lexists(path):
-        create_key_file(path)
+    """Put a new key first, for the algorithm of the first one unless told, and return it. Raises SettingsError."""
     with key_file_to_change(path) as jwks:
-        jwks.insert(0, new_jwk(algorithm or Key.from_jwk(jwks[0]).algorithm))
+        first = Key.from_jwk(jwks[0]).algorithm if jwks else "HS256"
+        jwks.insert(0, new_jwk(algorithm or first))
         return Key.from_jwk(jwks[0])
 
 
 def retire_key(path, kid):
-    """Take a key out of the file. Raises SettingsError for the last one, and for one that is not there."""
+    """Take a key out of the file and return the one that signs then. Raises SettingsError for one that cannot go."""
     with key_file_to_change(path) as jwks:
         kept = [jwk for jwk in jwks if Key.from_jwk(jwk).kid != kid]
         if len(kept) == len(jwks):
@@ -1188,6 +1422,7 @@ def retire_key(path, kid):
         if not kept:
             raise SettingsError(f"key file {path}: {kid} is the last key; rotate first, then retire it")
         jwks[:] = kept
+        return Key.from_jwk(jwks[0])
 
 
 @contextlib.contextmanager
@@ -1195,9 +1430,10 @@ def key_file_to_change(path):
     """The JWKs of a key file as a list to change, by one process at a time."""
     path = os.path.realpath(path)
     with locked_folder(path):
-        read_key_file(path)
-        with open(path, encoding="utf-8") as file:
-            jwks = json.load(file)["keys"]
+        jwks = []
+        if os.path.lexists(path):
+            read_key_file(path)
+            jwks = json.loads(Path(path).read_text("utf-8"))["keys"]
         yield jwks
         replace_key_file(path, jwks)
 
@@ -1226,9 +1462,8 @@ def replace_key_file(path, jwks):
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(json.dumps({"keys": jwks}, indent=1) + "\n")
             file.flush()
-            if status:
-                with contextlib.suppress(PermissionError):  # root rotates for the service, which has to read it
-                    os.fchown(file.fileno(), status.st_uid, status.st_gid)
+            if status:  # root may rotate for the service, which has to read it; another who cannot is refused here
+                os.fchown(file.fileno(), status.st_uid, status.st_gid)
                 os.fchmod(file.fileno(), status.st_mode & 0o777)
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -1247,6 +1482,57 @@ RETRY_WINDOW = 10  # seconds in which the previous refresh token, sent again, is
 TOUCH_AFTER = 60  # seconds between two notes of a session's last use, for each is a write
 PRUNE_AT_ONCE = 10  # expired sessions deleted in passing; each sign-in adds one, so they cannot pile up
 TOKEN_TTL, TOKEN_MAX = 90 * DAY, 366 * DAY  # seconds that an API token lives unless told, and at the most
+
+# Failed sign-ins are counted three ways, each until a memory of so many seconds is over: by name and address since the
+# latest of them, by address and by name since the first.
+MEMORIES = (("latest", 3600), ("since", 600), ("since", 3600))
+LONGEST_WAIT = 900  # seconds between two tries of one name from one address
+AT_HOME = 30 * DAY  # seconds in which an address that a user signed in from is not shut by failures elsewhere
+
+
+def waits(counts, limits, now):
+    """Seconds to wait for each of the three Counts of Store.get_counts, given the limits; 0 or less is none."""
+    pair, by_address, by_name = counts
+    past = pair.failures - limits[0]
+    yield pair.latest + min(2 ** min(past, 10), LONGEST_WAIT) - now if limits[0] and past >= 0 else 0
+    for count, limit, (_, window) in [(by_address, limits[1], MEMORIES[1]), (by_name, limits[2], MEMORIES[2])]:
+        at_home = count is by_name and now - pair.signed_in < AT_HOME
+        yield count.since + window - now if limit and count.failures >= limit and not at_home else 0
+
+
+def network_of(address):
+    """What counts as one address: an IPv4 address, or the /64 network that one IPv6 client has to itself."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # such as `localhost` of a unix socket
+        return address[:45] or "unknown"  # '' is all addresses together
+    if ip.version == 6 and ip.ipv4_mapped:
+        return str(ip.ipv4_mapped)
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip.packed, 64), strict=False))
+
+
+class HashQueue:
+    """As many password hashes at once as there are cores, a queue behind them, and no more.
+
+    So sign-ins never hold more than SIZE threads, and a token's check waits for none of them.
+    """
+
+    CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    SIZE = CORES + 64  # a few seconds' work; whoever comes after those would wait longer than clients do
+
+    def __init__(self):
+        self._cores, self._places = threading.Semaphore(self.CORES), threading.Semaphore(self.SIZE)
+
+    @contextlib.contextmanager
+    def turn(self):
+        """A block that hashes. Raises Unavailable at once where the queue is full."""
+        if not self._places.acquire(blocking=False):
+            raise Unavailable("Too many sign-ins at once; try again", retry_after=1)
+        try:
+            with self._cores:
+                yield
+        finally:
+            self._places.release()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1270,20 +1556,25 @@ class SignIn:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
+        self._hashing = HashQueue()
+        self._rounds = settings.pbkdf2_iterations  # what each check costs: as much as the costliest hash seen so far
+        self._forwarder_noted = False
+        self._touch_from = 0.0
 
     # Tokens
 
     def login(self, username, password, now, name="", address=""):
-        """Open a session and return its tokens, as the client gets them. Raises InvalidCredentials."""
+        """Open a session and return its tokens, as the client gets them.
+
+        Raises InvalidCredentials; TooManyRequests, before anything is hashed; Unavailable where too many sign in.
+        """
         if not is_text(username) or not is_text(password):
             raise InvalidCredentials
-        for _ in range(3):  # another sign-in may upgrade the hash between our reading it and our relying on it
-            user = self._upgrade(self._check(username, password), password)
-            session = self._new_session(user.id, name, address, now)
-            if self.store.add_session(session, user.password_hash):
-                self._prune(now)
-                return self._tokens(session, now)
-        raise InvalidCredentials
+        with self._attempt(username, address, now):
+            session = self._open_session(username, password, now, name, address)
+        self._prune(now)
+        event("login", user=session.user_id, name=username, address=address, session=session.id)
+        return self._tokens(session, now)
 
     def refresh(self, token, now):
         """Return new tokens for a refresh token. Raises InvalidToken, of which SessionEnded, and UnknownUser.
@@ -1296,14 +1587,17 @@ class SignIn:
             session, _user = self._alive(sid, now)
             if generation == session.generation:
                 advanced = self._advanced(session, now)
+                if advanced.expires <= now:  # by settings that are newer than the session
+                    raise SessionEnded
                 if self.store.advance_session(advanced):
                     self._prune(now)
+                    event("refresh", user=session.user_id, session=sid)
                     return self._tokens(advanced, now)
-            elif generation == session.generation - 1 and int(now) - session.rotated <= RETRY_WINDOW:
+            elif generation == session.generation - 1 and self._is_retry(session, now):
                 return self._tokens(session, now)
             elif generation < session.generation:
                 self.store.end_session(session.user_id, sid)
-                log.warning("refresh token used again: session %s of user %d ends", sid, session.user_id)
+                event("reuse_detected", logging.WARNING, user=session.user_id, session=sid)
                 raise SessionEnded
             else:  # the database is older than the token
                 raise InvalidToken("The refresh token is not one of this service")
@@ -1311,8 +1605,9 @@ class SignIn:
 
     def make_api_token(self, identity, name, expires_in, now, address=""):
         """Open a session without refresh and return its token. Raises BadRequest and Forbidden."""
-        if identity.session is None or identity.session.is_api_token:
-            raise Forbidden("Only a sign-in can do this, not an API token")
+        demand_sign_in(identity)
+        if identity.session is None:
+            raise Forbidden("This token has no session, for it was not issued here; sign in")
         if not is_name(name):
             raise BadRequest("A token's name has 1 to 255 characters, none of them control characters")
         if type(expires_in) is not int or not 1 <= expires_in <= TOKEN_MAX:
@@ -1321,6 +1616,8 @@ class SignIn:
         session = dataclasses.replace(session, generation=0, expires=int(now) + expires_in)
         if not self.store.add_api_token(session, identity.session):
             raise SessionEnded
+        self._prune(now)
+        event("token_created", user=identity.id, name=name, address=address, session=session.id)
         return self._access_token(session, now, expires_in) | {"id": session.id, "name": name}
 
     def authenticate(self, token, now):
@@ -1328,7 +1625,9 @@ class SignIn:
         claims = self.keys.verify(token, now, self.settings.leeway)
         sid = claims.get("sid") if self.store else None
         if sid is None and claims["exp"] - claims["iat"] > self.settings.token_ttl:  # it could not be taken back
-            raise InvalidToken("A token whose session cannot be looked up lives too long")
+            raise InvalidToken(
+                f"A token that lives longer than {self.settings.token_ttl} s is taken only with its session"
+            )
         if self.store is None:
             return Identity(claims["identity"]), claims
         if sid is None:
@@ -1346,6 +1645,8 @@ class SignIn:
     def logout(self, identity, scope):
         """End the session (scope "local"), the user's other ones ("others"), or all ("global"). Raises BadRequest."""
         sid = identity.session.id if identity.session else ""
+        if scope in ("others", "global"):
+            demand_sign_in(identity)
         if scope == "local" and not sid:
             raise BadRequest("This token has no session to end; it was not issued here, and ends when it expires")
         if scope == "local":
@@ -1354,44 +1655,77 @@ class SignIn:
             self.store.end_sessions(identity.id, keep=sid if scope == "others" else "")
         else:
             raise BadRequest("scope is local, others or global")
+        event("logout", user=identity.id, session=sid, scope=scope)
 
     def end_session(self, identity, sid):
-        """End one of the caller's sessions. Raises NotFound."""
+        """End one of the caller's sessions. Raises NotFound, and Forbidden."""
+        if identity.session and identity.session.id != sid:
+            demand_sign_in(identity)
         if not SESSION_ID.fullmatch(sid) or not self.store.end_session(identity.id, sid):
             raise NotFound("There is no such session")
+        event("logout", user=identity.id, session=sid, scope="local")
 
     # Users
 
     def add_user(self, username, password):
         """Add a user and return the id. Raises BadRequest, which says what is wrong, or Conflict."""
         check_new_username(username)
-        check_new_password(password)
-        return self.store.add_user(username, hash_password(password, self.settings.pbkdf2_iterations))
+        check_new_password(password, username)
+        user_id = self.store.add_user(username, hash_password(password, self.settings.pbkdf2_iterations))
+        event("user_added", user=user_id, name=username)
+        return user_id
 
     def set_password(self, user, password, keep=""):
         """Change a password and end the sessions, save the one whose id is `keep`. Raises BadRequest, Conflict."""
-        check_new_password(password)
-        if user.is_locked:
-            raise Conflict(f"The user {user.username!r} is locked; unlock first")
-        if not self.store.set_password(user, hash_password(password, self.settings.pbkdf2_iterations), keep):
+        check_new_password(password, user.username)
+        lock = LOCKED if user.is_locked else ""
+        if not self.store.set_password(user, lock + hash_password(password, self.settings.pbkdf2_iterations), keep):
             raise Conflict(f"The password of {user.username!r} was changed by another just now; look, then try again")
+        event("password_changed", user=user.id, name=user.username)
 
-    def change_password(self, identity, current, new):
-        """The caller changes the own password; all other sessions end. Raises BadRequest, Forbidden, Conflict."""
-        if identity.session and identity.session.is_api_token:
-            raise Forbidden("Only a sign-in can do this, not an API token")
+    def change_password(self, identity, current, new, now, address=""):
+        """The caller changes the own password; all other sessions end. Raises BadRequest, Forbidden, Conflict.
+
+        A wrong `current` counts as a failed sign-in: a stolen token is no way to guess on. Raises as login does.
+        """
+        demand_sign_in(identity)
         user = self.store.get_user(identity.id)
-        if not is_text(current) or not verify_password(user and user.password_hash, current):
-            raise BadRequest("current_password is not the current password")
-        self.set_password(user, new, keep=identity.session.id if identity.session else "")
+        self._demand_user(user)
+        check_new_password(new, user.username)
+        try:
+            with self._attempt(user.username, address, now):
+                if not is_text(current) or not verify_password(user.password_hash, current, self._rounds):
+                    raise InvalidCredentials
+                self.set_password(user, new, keep=identity.session.id if identity.session else "")
+        except InvalidCredentials:
+            raise BadRequest("current_password is not the current password") from None
 
     def lock(self, user):
         """Keep a user out until unlocked: the hash is marked, the sessions end. Raises Conflict."""
-        self._mark(user, LOCKED + (user.password_hash or ""), user.is_locked, "locked already")
+        if user.is_locked:
+            raise Conflict(f"The user {user.username!r} is locked already")
+        self._mark(user, LOCKED + (user.password_hash or ""))
+        event("user_locked", user=user.id, name=user.username)
 
     def unlock(self, user):
-        """Let a user sign in again with the password from before. Raises Conflict."""
-        self._mark(user, (user.password_hash or "")[len(LOCKED) :], not user.is_locked, "not locked")
+        """Let a user sign in again with the password from before, and forget the failures of the name."""
+        if user.is_locked:
+            self._mark(user, user.password_hash[len(LOCKED) :])
+        self.store.forget_failures(self.keys.digest(user.username))
+        event("user_unlocked", user=user.id, name=user.username)
+
+    def remove_user(self, user):
+        """Delete a user and end the sessions."""
+        self.store.remove_user(user.id)
+        event("user_removed", user=user.id, name=user.username)
+
+    def note_forwarder(self, address, now):
+        """Say once that a proxy is not trusted: all its clients count as one address. `doctor` tells it, too."""
+        if not self._forwarder_noted:
+            self._forwarder_noted = True
+            event("x_forwarded_for_untrusted", logging.WARNING, address=address)
+            with contextlib.suppress(AuthError):
+                self.store.note_forwarder(network_of(address), int(now))
 
     def close(self):
         if self.store:
@@ -1399,15 +1733,53 @@ class SignIn:
 
     # What the rules above are made of
 
+    @contextlib.contextmanager
+    def _attempt(self, username, address, now):
+        """The block that checks a password, in its turn: refused while throttled, counted where it fails.
+
+        The counts are looked at before the queue, which is no place for those who must wait, and again after it.
+        """
+        name, network = self.keys.digest(username), network_of(address)
+        self._demand_patience(name, network, now, username)
+        with self._hashing.turn():
+            pair = self._demand_patience(name, network, now, username)
+            try:
+                yield
+            except InvalidCredentials:
+                event("login_failed", logging.WARNING, name=username, address=address)
+                self.store.count_failure(name, network, int(now), MEMORIES)
+                self.store.prune_counts(now, PRUNE_AT_ONCE)
+                raise
+            if pair.failures or now - pair.signed_in > DAY:
+                self.store.count_sign_in(name, network, int(now), AT_HOME)
+
+    def _demand_patience(self, name, network, now, username):
+        limits = self.settings.throttle_pair, self.settings.throttle_address, self.settings.throttle_name
+        counts = self.store.get_counts(name, network)
+        wait = max(waits(counts, limits, now))
+        if wait > 0:
+            event("throttled", logging.WARNING, name=username, address=network, wait=math.ceil(wait))
+            raise TooManyRequests(wait)
+        return counts[0]
+
+    def _open_session(self, username, password, now, name, address):
+        for _ in range(3):  # another sign-in may upgrade the hash between our reading it and our relying on it
+            user = self._upgrade(self._check(username, password), password)
+            session = self._new_session(user.id, name, address, now)
+            if self.store.add_session(session, user.password_hash):
+                return session
+        raise InvalidCredentials
+
     def _check(self, username, password):
         """The User of this name and password. Raises InvalidCredentials, after the same work for an unknown name."""
         try:
             user = self.store.find_user(username)
         except Conflict as conflict:  # two rows of one name: nobody can say whose password it is
-            log.error("login refused: %s", conflict)
+            event("user_ambiguous", logging.ERROR, error=str(conflict))
             user = None
         stored = user.password_hash if user else None
-        if not verify_password(stored, password, self.settings.pbkdf2_iterations):
+        self._rounds = max(self._rounds, cost_of(stored))
+        if not verify_password(stored, password, self._rounds):
             raise InvalidCredentials
         return user
 
@@ -1419,13 +1791,13 @@ class SignIn:
         try:
             return upgraded if self.store.replace_hash(user, upgraded.password_hash) else user
         except AuthError as error:  # the password was right: the sign-in goes on, the old hash stays good
-            log.warning("the hash of user %d could not be upgraded: %s", user.id, error)
+            event("upgrade_failed", logging.WARNING, user=user.id, error=str(error))
             return user
 
     def _new_session(self, user_id, name, address, now):
         now = int(now)
         expires = now + min(self.settings.session_ttl, self.settings.session_max)
-        sid, kid = secrets.token_urlsafe(16), self.keys.keys[0].kid
+        sid, kid = secrets.token_urlsafe(16), self.keys.signing_kid(now)
         return Session(sid, user_id, name[:255], address[:45], now, now, expires, 1, now, kid)
 
     def _advanced(self, session, now):
@@ -1437,8 +1809,12 @@ class SignIn:
             rotated=now,
             last_used=now,
             expires=expires,
-            kid=self.keys.keys[0].kid,
+            kid=self.keys.signing_kid(now),
         )
+
+    def _is_retry(self, session, now):
+        """Is a token of the previous generation the second try of a client that lost the answer?"""
+        return -self.settings.leeway <= int(now) - session.rotated <= RETRY_WINDOW
 
     def _tokens(self, session, now):
         ttl = min(self.settings.token_ttl, session.expires - int(now))
@@ -1465,17 +1841,17 @@ class SignIn:
             raise SessionEnded
 
     def _touch(self, session, now):
-        if now - session.last_used >= TOUCH_AFTER:
-            with contextlib.suppress(Unavailable):  # a database that cannot be written to can still be read
+        if now - session.last_used >= TOUCH_AFTER and now >= self._touch_from:
+            try:
                 self.store.touch_session(session, int(now))
+            except Unavailable:  # a database that cannot be written to can still be read, and quickly
+                self._touch_from = now + TOUCH_AFTER
 
     def _prune(self, now):
         with contextlib.suppress(AuthError):  # the next sign-in tries again
             self.store.prune_sessions(now, PRUNE_AT_ONCE)
 
-    def _mark(self, user, password_hash, is_done, words):
-        if is_done:
-            raise Conflict(f"The user {user.username!r} is {words}")
+    def _mark(self, user, password_hash):
         if not self.store.set_password(user, password_hash):
             raise Conflict(f"The password of {user.username!r} was changed by another just now; look, then try again")
 
@@ -1489,6 +1865,12 @@ def open_sign_in(settings):
     except BaseException:
         store.close()
         raise
+
+
+def demand_sign_in(identity):
+    """Raise Forbidden for an API token: what it may do is use the API, not decide over its user's account."""
+    if identity.session and identity.session.is_api_token:
+        raise Forbidden("Only a sign-in can do this, not an API token")
 
 
 def is_text(value):
@@ -1508,9 +1890,25 @@ def check_new_username(username):
         raise BadRequest("A user name has no white space at its ends")
 
 
-def check_new_password(password):
-    if not is_text(password):
-        raise BadRequest("A password is Unicode text of at least one character")
+# The commonest passwords of at least eight characters, in lists of stolen ones from RockYou (2009) on.
+COMMON_PASSWORDS = set(
+    """password password1 password12 password123 passw0rd p@ssw0rd p@ssword 12345678 123456789 1234567890 12341234
+    11111111 00000000 88888888 87654321 987654321 11223344 123123123 123321123 147258369 qwertyui qwertyuiop qwerty12
+    qwerty123 1q2w3e4r 1q2w3e4r5t 1qaz2wsx q1w2e3r4 zaq12wsx asdfghjk asdfghjkl zxcvbnm1 abcd1234 abc12345 a1b2c3d4
+    aa123456 iloveyou iloveyou1 sunshine princess football baseball basketball superman batman123 starwars trustno1
+    whatever welcome1 welcome123 letmein1 letmein123 changeme changeit admin123 admin1234 administrator michelle
+    jennifer computer internet samsung1 dragon123 master123 monkey123 shadow123 secret123 default1""".split()
+)
+
+
+def check_new_password(password, username):
+    """Raise BadRequest with the rule that a new password breaks (after NIST SP 800-63B, 5.1.1.2)."""
+    if not is_text(password) or not 8 <= len(password) <= 1024:
+        raise BadRequest("A password has 8 to 1024 characters of Unicode text")
+    if password.casefold() == username.casefold():
+        raise BadRequest("A password is not the user name")
+    if password.casefold() in COMMON_PASSWORDS:
+        raise BadRequest("This password is one of the commonest, which are tried first")
 
 
 # --- Plugin ---
@@ -1530,6 +1928,8 @@ class JWTPlugin:
     api = 2
 
     def __init__(self, sign_in=None, jwks_url=None, **settings):
+        if jwks_url and (settings.get("keys") or settings.get("secret_key")):
+            raise SettingsError("jwks_url: it takes the place of keys and secret_key; leave those out")
         if sign_in is None:
             checked = Settings(**settings)
             keys = RemoteKeySet(jwks_url) if jwks_url else KeySet.load(checked)
@@ -1627,12 +2027,8 @@ def token_of(header):
 MAX_BODY = 64 * 1024  # bytes; a name and a password need less than 2 KiB
 
 
-def answer(value, status=200, **headers):
-    return HTTPResponse(json.dumps(value) + "\n", status, {"Content-Type": "application/json"}, **headers)
-
-
-def token_answer(tokens, status=200):
-    return answer(tokens, status, **{"Cache-Control": "no-store"})
+def answer(value, status=200):
+    return HTTPResponse(json.dumps(value) + "\n", status, JSON_HEADERS)
 
 
 def client():
@@ -1642,14 +2038,16 @@ def client():
 
 def login(sign_in):
     fields = read_fields()
-    return token_answer(sign_in.login(fields.get("username"), fields.get("password"), time.time(), **client()))
+    if request.get_header("X-Forwarded-For") and not sign_in.settings.trusted_proxy:
+        sign_in.note_forwarder(client()["address"], time.time())
+    return answer(sign_in.login(fields.get("username"), fields.get("password"), time.time(), **client()))
 
 
 def refresh(sign_in):
     token = read_fields().get("refresh_token")
     if not isinstance(token, str):
         raise BadRequest("refresh_token is missing, or not a string")
-    return token_answer(sign_in.refresh(token, time.time()))
+    return answer(sign_in.refresh(token, time.time()))
 
 
 def logout(sign_in, identity):
@@ -1668,7 +2066,8 @@ def me(identity):
 
 def change_password(sign_in, identity):
     fields = read_fields()
-    sign_in.change_password(identity, fields.get("current_password"), fields.get("new_password"))
+    passwords = fields.get("current_password"), fields.get("new_password")
+    sign_in.change_password(identity, *passwords, time.time(), client()["address"])
     return HTTPResponse(status=204)
 
 
@@ -1687,7 +2086,7 @@ def make_api_token(sign_in, identity):
     if is_form() and re.fullmatch("[0-9]{1,9}", str(expires_in)):  # a form has nothing but strings
         expires_in = int(expires_in)
     arguments = (identity, fields.get("name"), expires_in, time.time(), client()["address"])
-    return token_answer(sign_in.make_api_token(*arguments), 201)
+    return answer(sign_in.make_api_token(*arguments), 201)
 
 
 def describe(session, identity):
@@ -1698,9 +2097,9 @@ def describe(session, identity):
 
 
 def jwks(sign_in):
-    body = json.dumps(sign_in.keys.public()) + "\n"
+    body = json.dumps(sign_in.keys.public(time.time())) + "\n"
     etag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
-    headers = {"Content-Type": "application/json", "Cache-Control": "public, max-age=600", "ETag": etag}
+    headers = JSON_HEADERS | {"Cache-Control": "public, max-age=600", "ETag": etag}
     if request.get_header("If-None-Match") == etag:
         return HTTPResponse(status=304, headers=headers)
     return HTTPResponse(body, headers=headers)
@@ -1756,6 +2155,7 @@ REFUSALS = {
     400: ("Bad Request", "The request cannot be understood"),
     404: ("Not Found", "There is nothing at this path"),
     405: ("Method Not Allowed", "This path does not take this method; the header Allow says which it takes"),
+    408: ("Request Timeout", "The request did not come to its end in time"),
     413: ("Content Too Large", "The body is too long"),
     431: ("Request Header Fields Too Large", "The header is too long"),
     501: ("Not Implemented", "The body comes in an encoding that is not chunked"),
@@ -1774,7 +2174,7 @@ def bottle_error(error):
     name, description = REFUSALS.get(status, FAILURE)
     if "bottle.route" in request.environ and error.exception is None and isinstance(error.body, str):
         name, description = error.status_line.partition(" ")[2], error.body
-    response.content_type = "application/json"
+    response.headers.update(JSON_HEADERS)
     return error_body(status, name, description)
 
 
@@ -1805,10 +2205,46 @@ def make_app(settings, sign_in=None):
 # The only room that prints, prompts and ends the process.
 
 
+REQUEST_TIMEOUT = 30  # seconds that a request may take to arrive
+
+
+class RequestTimeout(waitress.utilities.BadRequest):
+    code = 408
+    reason = "Request Timeout"
+
+
+class StrictParser(HTTPRequestParser):
+    """waitress's parser, which also refuses what two readers could read in two ways (RFC 9112, 6), and tricklers."""
+
+    def __init__(self, adj):
+        super().__init__(adj)
+        self._begun = time.monotonic()
+
+    def received(self, data):
+        consumed = super().received(data)
+        if not self.completed and time.monotonic() - self._begun > REQUEST_TIMEOUT:
+            if not self.headers_finished:
+                super().parse_header(b"GET / HTTP/1.0\r\n")  # the least that an answer needs to know
+            self.error, self.completed = RequestTimeout(""), True
+        return consumed
+
+    def parse_header(self, header_plus):
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # a Content-Length of 5,000 digits, a path that is half a URL
+            raise ParsingError("cannot be read") from error
+        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("has two lengths, or chunks before HTTP/1.1")
+
+
+class StrictChannel(HTTPChannel):
+    parser_class = StrictParser
+
+
 def refusal_of_waitress(error, ident=None):
     """What waitress refuses by itself, in the shape of our errors and without its name."""
     body = error_body(error.code, *REFUSALS.get(error.code, FAILURE)).encode()
-    return f"{error.code} {error.reason}", [("Content-Type", "application/json")], body
+    return f"{error.code} {error.reason}", list(JSON_HEADERS.items()), body
 
 
 def serve(app, settings, announce):
@@ -1816,6 +2252,7 @@ def serve(app, settings, announce):
     waitress.utilities.Error.to_response = refusal_of_waitress  # the one place that all its refusals come through
     with listen(settings) as listener:
         server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
+        server.channel_class = StrictChannel
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: sys.exit())  # waitress ends its loop at SystemExit
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -1838,7 +2275,7 @@ def waitress_settings(settings):
     """waitress's defaults suit an inner network; these suit an open one."""
     proxy = {"trusted_proxy_count": 1, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
     return {
-        "threads": settings.threads,
+        "threads": settings.threads + HashQueue.SIZE,  # so that sign-ins cannot take those that check tokens
         "connection_limit": connection_limit(),
         "asyncore_use_poll": True,  # select() ends the process at the 1,024th descriptor
         "channel_timeout": 30,  # seconds of silence after which a connection is closed
@@ -1846,6 +2283,7 @@ def waitress_settings(settings):
         "max_request_header_size": 16 * 1024,  # bytes; a token signed with RSA takes 1 KiB
         "max_request_body_size": 2**20,  # bytes; a body up to here is read, so that the client reads our 413
         "ident": None,
+        "clear_untrusted_proxy_headers": bool(settings.trusted_proxy),  # else they are noted, and never believed
         **(proxy | {"trusted_proxy": settings.trusted_proxy} if settings.trusted_proxy else {}),
     }
 
@@ -1874,9 +2312,18 @@ def serve_command(settings, args):
             print(f"rest-auth {__version__} on {url}, users in {sign_in.store.database}, keys in {keys}")
             print(DEMO.format(url=url) if args.demo else "", end="", flush=True)
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it has a line for every request that waits
+        set_logging_up()
         args.serve(make_app(settings, sign_in), settings, announce)
+
+
+def set_logging_up():
+    """To stderr: our own lines as they are, JSON each; those of libraries as text."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(lines)
+    log.propagate = False
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it has a line for every request that waits
 
 
 DEMO = """\
@@ -1890,9 +2337,7 @@ def demo_settings(settings, flags):
     """Everything in memory, and on loopback only: the whole world knows roy's password."""
     if "database" in flags or "keys" in flags:
         raise SettingsError("--demo keeps users and keys in memory; leave --database and --keys out")
-    if settings.host != "localhost" and not (
-        is_address(settings.host) and ipaddress.ip_address(settings.host).is_loopback
-    ):
+    if not is_loopback(settings.host):
         raise SettingsError(f"--demo listens on loopback only, not on {settings.host}; leave --host and AUTH_HOST out")
     nowhere = os.path.join(os.devnull, "keys")
     return dataclasses.replace(settings, database="sqlite://", secret_key=secrets.token_urlsafe(32), keys=nowhere)
@@ -1923,7 +2368,7 @@ def user_add(sign_in, args):
 
 
 def user_passwd(sign_in, args):
-    """Change a user's password and end the user's sessions; it comes from a prompt or from standard input."""
+    """Change a user's password, from a prompt or standard input, and end the sessions. A locked user stays locked."""
     user = named_user(sign_in.store, args.name)
     sign_in.set_password(user, new_password())
     print(f"password of {args.name} changed, sessions ended")
@@ -1953,33 +2398,40 @@ def user_lock(sign_in, args):
 
 
 def user_unlock(sign_in, args):
-    """Let a locked user sign in again, with the password from before."""
+    """Let a locked user sign in again, with the password from before, and forget failed sign-ins."""
+    sign_in.keys = KeySet.load(sign_in.settings)  # failures are counted under digests that the key makes
     sign_in.unlock(named_user(sign_in.store, args.name))
     print(f"user {args.name} unlocked")
 
 
 def user_remove(sign_in, args):
     """Remove a user and end the user's sessions."""
-    sign_in.store.remove_user(named_user(sign_in.store, args.name).id)
+    sign_in.remove_user(named_user(sign_in.store, args.name))
     print(f"user {args.name} removed")
 
 
 def key_list(settings, args):
-    """List keys: kid, algorithm, what it is for."""
+    """List keys: kid, algorithm, what it is for, where it is."""
+    secret = Key.from_secret(settings.secret_key).kid if settings.secret_key else ""
     for number, key in enumerate(KeySet.load(settings).keys):
-        print(f"{key.kid}\t{key.algorithm}\t{'verifies' if number else 'signs and verifies'}")
+        use = "verifies" if number else "signs and verifies"
+        print(f"{key.kid}\t{key.algorithm}\t{use}\t{'AUTH_SECRET_KEY' if key.kid == secret else settings.keys}")
 
 
 def key_rotate(settings, args):
     """Add a new key, which signs from now on; the others go on verifying."""
     key = rotate_key_file(settings.keys, args.alg)
-    print(f"{key.kid} signs now, with {key.algorithm}")
+    event("key_rotated", signs=key.kid)
+    print(f"{key.kid} signs now, with {key.algorithm}, from {settings.keys}")
 
 
 def key_retire(settings, args):
     """Take a key away: whatever it has signed, refresh tokens included, is refused from now on."""
-    retire_key(settings.keys, args.kid)
-    print(f"{args.kid} is retired")
+    if settings.secret_key and args.kid == Key.from_secret(settings.secret_key).kid:
+        raise SettingsError("this key is AUTH_SECRET_KEY; to retire it, unset the variable and start the service again")
+    first = retire_key(settings.keys, args.kid)
+    event("key_retired", kid=args.kid, signs=first.kid)
+    print(f"{args.kid} is retired, {first.kid} signs, with {first.algorithm}")
 
 
 def named_user(store, name):
@@ -1999,6 +2451,75 @@ def new_password():
     if getpass.getpass("Again: ") != password:
         raise BadRequest("The two passwords differ; nothing was changed")
     return password
+
+
+def doctor_command(settings, args):
+    """Say what is wrong with this installation, and how to mend each; exit status 1 where anything is."""
+    with contextlib.closing(Store.open(settings.database)) as store:
+        problems = [problem for check in (doctor_files, doctor_network) for problem in check(settings)]
+        try:
+            problems += doctor_store(settings, store)
+        except Unavailable as failure:
+            problems.append(f"{store.database}: {failure.__cause__}; start the database, or mend AUTH_DATABASE")
+        for problem in problems:
+            print(problem)
+        if problems:
+            return 1
+        print(f"all is well with {store.database}")
+    return 0
+
+
+def doctor_files(settings):
+    """Key file, its modes, SQLite's file, and what is missing for them."""
+    try:
+        KeySet.load(settings)
+    except SettingsError as error:
+        yield str(error)
+    database = parse_database(settings.database)
+    if database.kind == "sqlite" and os.path.exists(database.name):
+        mode = os.stat(database.name).st_mode & 0o777
+        if mode & 0o007:
+            yield f"{database}: open to others (mode {mode:04o}); run: chmod 600 {database.name}"
+    if importlib.util.find_spec("cryptography") is None:
+        yield "cryptography is missing, which EdDSA, ES256, RS256 and MySQL 8 need; pip install -r requirements.txt"
+
+
+def doctor_network(settings):
+    if not is_loopback(settings.host) and not settings.trusted_proxy:
+        yield f"host {settings.host} is open without TLS; put a proxy in front, and name it in AUTH_TRUSTED_PROXY"
+
+
+def doctor_store(settings, store):
+    """Tables, rows, the database's clock and its connection."""
+    missing = store.missing_tables()
+    if missing:
+        yield f"{store.database}: no table {' and no table '.join(missing)}; run: server.py init"
+    else:
+        for address in store.get_forwarders(time.time()):
+            yield f"X-Forwarded-For comes from {address}: if that is your proxy, set AUTH_TRUSTED_PROXY to it"
+    ahead = store.clock() - time.time()
+    if abs(ahead) > settings.leeway:
+        yield f"{store.database}: its clock is {ahead:+.0f} s from this machine's; run NTP on both"
+    if not store.is_private():
+        yield f"{store.database}: another host, and no TLS; add ?ssl_ca=FILE to AUTH_DATABASE"
+    if "user" not in missing:
+        yield from doctor_users(settings, store.list_users())
+
+
+def doctor_users(settings, users):
+    usable = [user.password_hash for user in users if read_hash(user.password_hash)]
+    weak = [stored for stored in usable if needs_rehash(stored, settings.pbkdf2_iterations)]
+    if weak:
+        yield f"{len(weak)} of {len(users)} users have hashes below pbkdf2_iterations; they are upgraded at sign-in"
+    names = collections.Counter(user.username for user in users)
+    for user in users:
+        if not user.is_locked and not read_hash(user.password_hash):
+            yield f"user {user.id} ({user.username!r}) has no usable hash; run: server.py user passwd NAME"
+        if not user.username:
+            yield f"user {user.id} has no name and cannot sign in; delete the row, or name it"
+        elif names[user.username] > 1:
+            many = names[user.username]
+            yield f"user {user.id} is one of {many} named {user.username!r}; rename all but one with SQL"
 
 
 class Parser(argparse.ArgumentParser):
@@ -2040,10 +2561,13 @@ def make_parser():
 
     add_serve_flags(add(commands, "serve", serve_command, command=serve_command))
     add(commands, "init", init_command, "database", command=init_command)
+    every = [field.name for field in dataclasses.fields(Settings)]
+    add(commands, "doctor", doctor_command, *every, command=doctor_command)
     user = commands.add_parser("user", help="add, change, list, lock and remove users")
     actions = user.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, action in USER_ACTIONS.items():
-        one = add(actions, name, action, "database", "pbkdf2_iterations", command=user_command, action=action)
+        used = {user_add: ["pbkdf2_iterations"], user_passwd: ["pbkdf2_iterations"], user_unlock: ["keys"]}
+        one = add(actions, name, action, "database", *used.get(action, ()), command=user_command, action=action)
         if action is not user_list:
             one.add_argument("name", metavar="NAME")
     key = commands.add_parser("key", help="list, add and retire the keys that sign tokens")
@@ -2062,7 +2586,7 @@ def add_serve_flags(parser):
 
 
 def add_settings(parser, *names):
-    group = parser.add_argument_group("settings", "each is also a variable: --token-ttl is AUTH_TOKEN_TTL")
+    group = parser.add_argument_group("settings", "each is also a variable, such as AUTH_DATABASE for --database")
     for field in dataclasses.fields(Settings):
         if field.name in names and field.metadata["flag"]:
             text = field.metadata["meaning"] + (f" (default: {field.default})" if field.default != "" else "")
@@ -2094,13 +2618,14 @@ def read_settings(args):
 
 def main(argv=None, serve=serve):
     """Run the command line and return the exit status: 0 good, 1 failed, 2 wrong usage."""
+    log.addHandler(logging.NullHandler())  # commands print; serve_command sets logging up
     try:
         args = make_parser().parse_args(sys.argv[1:] if argv is None else argv, argparse.Namespace(serve=serve))
         if args.demo and args.command is not serve_command:
             raise SettingsError("--demo serves, and goes with no other command")
-        args.command(read_settings(args), args)
+        status = args.command(read_settings(args), args)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except SystemExit as stop:
         return stop.code or 0
     except BrokenPipeError:  # the reader, such as `head`, has enough; what Python flushes at its end goes nowhere

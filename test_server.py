@@ -17,7 +17,9 @@ import json
 import logging
 import os
 import pwd
+import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -99,7 +101,14 @@ class MariaDB:
         subprocess.run(make, check=True, capture_output=True)
         authority = make_authority(self.folder)
         command = [daemon, "--no-defaults", f"--datadir={data}", f"--socket={self.socket}", f"--port={self.port}"]
-        command += ["--bind-address=127.0.0.1", "--innodb-flush-log-at-trx-commit=0", "--sql-mode=", *owner, *authority]
+        command += [
+            "--bind-address=127.0.0.1",
+            "--innodb-flush-log-at-trx-commit=0",
+            "--sql-mode=",
+            "--transaction-isolation=READ-COMMITTED",
+            *owner,
+            *authority,
+        ]
         with open(f"{self.folder}/log", "wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
         wait_for(self.is_up)
@@ -309,7 +318,11 @@ class Service:
         with socket.create_connection(self.address, timeout=30) as connection:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: connection.recv(65536), b""))
+            received = b""
+            with contextlib.suppress(ConnectionResetError):  # what it had not read yet when it refused
+                while data := connection.recv(65536):
+                    received += data
+            return received
 
     def login(self, username, password):
         status, _, text = self.request("POST", "/auth", urllib.parse.urlencode(locals_of(username, password)), **FORM)
@@ -476,6 +489,20 @@ class PasswordsTest(unittest.TestCase):
         ]:
             with self.subTest(stored[:30]):
                 self.assertIs(server.needs_rehash(stored, 2), expected)
+
+    def test_a_hash_of_another_method_counts_as_the_rounds_that_take_as_long(self):
+        self.assertEqual(server.cost_of(TUTORIAL_HASH), 150_000)
+        for stored in [None, "", f"!{TUTORIAL_HASH}", "scrypt:3:8:1$salt$" + "0" * 128]:
+            self.assertLess(server.cost_of(stored), 100, stored)
+        for stored, method in [(self.VECTORS[3][0], "sha512"), (self.VECTORS[1][0], "sha1")]:
+            ratio = server.seconds_of(f"pbkdf2:{method}") / server.seconds_of("pbkdf2:sha256")
+            self.assertEqual(server.cost_of(stored), round(1000 * ratio))
+        scrypt = server.cost_of(self.VECTORS[4][0])
+        self.assertGreater(scrypt, 1000)
+        for cost, hashed in [(scrypt, self.VECTORS[4][0]), (2000, server.hash_password("x", 2000))]:
+            with mock.patch("hashlib.pbkdf2_hmac", wraps=hashlib.pbkdf2_hmac) as hashing:
+                self.assertFalse(verify_password(hashed, "y", cost + 777))
+            self.assertEqual(hashing.call_args.args[3], 777)
 
     def test_the_same_rounds_are_spent_whatever_the_hash(self):
         for stored in [None, "", "malformed", server.hash_password("x", 1), server.hash_password("x", 700)]:
@@ -999,7 +1026,7 @@ class RotationTest(Case):
         for algorithm in server.ALGORITHMS[1:]:
             self.rotate(algorithm)
             tokens.append(KeySet.load(self.settings).sign(self.claims))
-        published = json.loads(json.dumps(KeySet.load(self.settings).public()))
+        published = json.loads(json.dumps(KeySet.load(self.settings).public(NOW)))
         self.assertEqual([jwk["alg"] for jwk in published["keys"]], ["RS256", "ES256", "EdDSA"])
         private = {"d", "k", "p", "q", "dp", "dq", "qi", "oth"}
         self.assertFalse([jwk for jwk in published["keys"] if private & set(jwk)])
@@ -1049,6 +1076,44 @@ class RotationTest(Case):
             yield
         self.assertEqual(len(logged.output), 1)
 
+    def test_a_file_that_could_not_be_read_is_tried_again(self):
+        self.rotate()
+        self.path.chmod(0o644)
+        with self.assertLogs("auth", "ERROR"):
+            self.keys.sign(self.claims | {"iat": NOW + 1})
+        self.assertEqual(len(self.keys.keys), 1)
+        self.path.chmod(0o600)
+        self.keys.sign(self.claims | {"iat": NOW + 2})
+        self.assertEqual(len(self.keys.keys), 2)
+
+    def test_a_slow_reader_of_an_older_file_has_not_the_last_word(self):
+        old, read = self.keys.keys[0].kid, server.read_key_file
+        paused, go_on = threading.Event(), threading.Event()
+
+        def read_slowly(path):
+            keys = read(path)
+            paused.set()
+            go_on.wait(30)
+            return keys
+
+        self.rotate()
+        with mock.patch("server.read_key_file", read_slowly):
+            slow = threading.Thread(target=self.keys._read_if_changed)
+            slow.start()
+            paused.wait(30)
+        server.retire_key(self.path, old)
+        quick = threading.Thread(target=self.keys._read_if_changed)
+        quick.start()
+        go_on.set()
+        slow.join(30), quick.join(30)
+        self.assertNotIn(old, [key.kid for key in self.keys.keys])
+
+    def test_a_fifo_in_place_of_the_file_is_refused(self):
+        self.path.unlink()
+        os.mkfifo(self.path, 0o600)
+        with self.assertRaisesRegex(SettingsError, "not a JWK Set"):
+            KeySet.load(self.settings)
+
     def test_a_retired_key_verifies_nothing_any_more(self):
         token, refresh = self.keys.sign(self.claims), self.keys.refresh_token(self.session)
         with self.assertRaisesRegex(SettingsError, "is the last key; rotate first"):
@@ -1062,13 +1127,16 @@ class RotationTest(Case):
         with self.assertRaises(server.InvalidToken):
             self.keys.read_refresh_token(refresh, NOW + 1)
 
-    def test_a_rotation_keeps_mode_and_link_and_leaves_no_draft(self):
+    def test_a_rotation_keeps_owner_mode_and_link_and_leaves_no_draft(self):
         self.path.chmod(0o640)
+        owner = (1234, 1001) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+        os.chown(self.path, *owner)
         link = self.folder / "link.keys"
         link.symlink_to(self.path)
         server.rotate_key_file(link)
         self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), 0o640)
         self.assertTrue(link.is_symlink())
+        self.assertEqual((self.path.stat().st_uid, self.path.stat().st_gid), owner)
         self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["auth.keys", "link.keys"])
 
     def test_of_many_rotations_at_once_none_is_lost(self):
@@ -1168,14 +1236,14 @@ class SignInTest:
             self.raw_sql("CREATE TRIGGER no BEFORE UPDATE ON user FOR EACH ROW SIGNAL SQLSTATE '45000'")
         with self.assertLogs("auth", "WARNING") as logged:
             self.assertIn("access_token", self.sign_in.login("alice", "correct horse", NOW))
-        self.assertIn("could not be upgraded", "".join(logged.output))
+        self.assertIn('"upgrade_failed"', "".join(logged.output))
         self.assertNotIn("pbkdf2", "".join(logged.output))
 
     def test_a_token_without_a_session_must_be_short_lived(self):
         self.add_user()
         self.assertTrue(self.sign_in.authenticate(self.token(), time.time()))
         long = self.token(exp=int(time.time()) + 301)
-        with self.assertRaisesRegex(server.InvalidToken, "whose session cannot be looked up"):
+        with self.assertRaisesRegex(server.InvalidToken, "is taken only with its session"):
             self.sign_in.authenticate(long, time.time())
 
     def test_new_names_and_passwords_are_checked(self):
@@ -1235,7 +1303,7 @@ class SessionTest:
         second = self.sign_in.refresh(first["refresh_token"], NOW + 100)
         with self.assertLogs("auth", "WARNING") as logged, self.assertRaises(server.SessionEnded):
             self.sign_in.refresh(first["refresh_token"], NOW + 111)
-        self.assertIn("used again", logged.output[0])
+        self.assertIn('"reuse_detected"', logged.output[0])
         self.assertNotIn(first["refresh_token"], logged.output[0])
         self.assert_ended(second, NOW + 111)
         with self.assertRaises(server.SessionEnded):
@@ -1280,6 +1348,13 @@ class SessionTest:
         self.assert_ended(tokens, NOW + 2500)
         with self.assertRaises(server.SessionEnded):
             self.sign_in.refresh(tokens["refresh_token"], NOW + 2500)
+
+    def test_a_maximum_that_was_lowered_ends_a_session_at_its_refresh(self):
+        self.add_user()
+        tokens = self.open_session()
+        self.sign_in.settings = dataclasses.replace(self.settings, session_max=3600)
+        with self.assertRaises(server.SessionEnded):
+            self.sign_in.refresh(tokens["refresh_token"], NOW + 7200)
 
     def test_a_session_that_is_not_refreshed_ends(self):
         self.settings = dataclasses.replace(self.settings, session_ttl=100)
@@ -1356,13 +1431,20 @@ class SessionTest:
         self.add_user()
         mine, other = self.open_session(), self.open_session()
         for current in ["wrong", "", None, 5, "\ud800"]:
+            self.store.forget_failures(self.sign_in.keys.digest("alice"))
             with self.subTest(current), self.assertRaisesRegex(server.BadRequest, "current_password"):
-                self.sign_in.change_password(self.identity(mine), current, "battery staple")
+                self.sign_in.change_password(self.identity(mine), current, "battery staple", NOW)
+        for _ in range(4):
+            with self.assertRaises(server.BadRequest):
+                self.sign_in.change_password(self.identity(mine), "wrong", "battery staple", NOW)
+        with self.assertRaises(server.TooManyRequests):
+            self.sign_in.change_password(self.identity(mine), "correct horse", "battery staple", NOW)
+        self.store.forget_failures(self.sign_in.keys.digest("alice"))
         for new in ["", None, 5]:
             with self.subTest(new), self.assertRaises(server.BadRequest):
-                self.sign_in.change_password(self.identity(mine), "correct horse", new)
+                self.sign_in.change_password(self.identity(mine), "correct horse", new, NOW)
         self.assertTrue(self.identity(other))
-        self.sign_in.change_password(self.identity(mine), "correct horse", "battery staple")
+        self.sign_in.change_password(self.identity(mine), "correct horse", "battery staple", NOW)
         self.assertTrue(self.identity(mine))
         self.assertTrue(self.sign_in.refresh(mine["refresh_token"], NOW))
         self.assert_ended(other)
@@ -1380,6 +1462,29 @@ class SessionTest:
         self.assertTrue(self.store.add_session(session, user.password_hash))
         self.store.remove_user(user.id)
         self.assertFalse(self.store.add_session(session, user.password_hash))
+
+    def test_a_sign_out_and_a_sign_in_at_the_same_moment(self):
+        """Another transaction has ended the sessions, or changed the password, and not committed yet."""
+        self.add_user()
+        user = self.store.find_user("alice")
+        session = self.sign_in._new_session(user.id, "", "", NOW)
+        maker = self.identity(self.open_session()).session
+        added = []
+        for change, add in [
+            (
+                "UPDATE user SET password = 'new' WHERE id = ?",
+                lambda: self.store.add_session(session, user.password_hash),
+            ),
+            ("DELETE FROM auth_session WHERE user_id = ?", lambda: self.store.add_api_token(session, maker)),
+        ]:
+            with self.store.transaction() as run:
+                run(change, user.id)
+                adding = threading.Thread(target=lambda add=add: added.append(add()))
+                adding.start()
+                adding.join(0.2)
+            adding.join(30)
+        self.assertEqual(added, [False, False])
+        self.assertEqual(self.rows(), [])
 
     def test_many_sign_ins_at_once_that_all_upgrade_the_hash(self):
         self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=2)
@@ -1400,12 +1505,11 @@ class SessionTest:
         locked = self.store.find_user("alice")
         with self.assertRaisesRegex(Conflict, "locked already"):
             self.sign_in.lock(locked)
-        with self.assertRaisesRegex(Conflict, "unlock first"):
-            self.sign_in.set_password(locked, "battery staple")
-        self.sign_in.unlock(locked)
-        self.assertTrue(self.open_session())
-        with self.assertRaisesRegex(Conflict, "not locked"):
-            self.sign_in.unlock(self.store.find_user("alice"))
+        self.sign_in.set_password(locked, "battery staple")
+        with self.assertRaises(server.InvalidCredentials):
+            self.sign_in.login("alice", "battery staple", NOW)
+        self.sign_in.unlock(self.store.find_user("alice"))
+        self.assertTrue(self.sign_in.login("alice", "battery staple", NOW))
 
     def test_an_api_token_is_a_session_without_refresh(self):
         self.add_user()
@@ -1418,7 +1522,10 @@ class SessionTest:
         self.assert_ended(made, later + 1)
         for forbidden in [
             lambda caller: self.sign_in.make_api_token(caller, "more", 1000, NOW),
-            lambda caller: self.sign_in.change_password(caller, "correct horse", "battery staple"),
+            lambda caller: self.sign_in.change_password(caller, "correct horse", "battery staple", NOW),
+            lambda caller: self.sign_in.logout(caller, "others"),
+            lambda caller: self.sign_in.logout(caller, "global"),
+            lambda caller: self.sign_in.end_session(caller, identity.session.id),
         ]:
             with self.assertRaises(server.Forbidden):
                 forbidden(self.identity(made))
@@ -1473,6 +1580,7 @@ class SessionTest:
         self.assertEqual(self.rows(), [])
 
     def test_a_stolen_database_gives_no_way_in(self):
+        self.settings = dataclasses.replace(self.settings, throttle_address=0, throttle_name=0)
         self.add_user()
         with self.assertLogs("auth", "DEBUG") as logged:
             tokens = self.open_session(name="curl/8", address="192.0.2.1")
@@ -1494,8 +1602,255 @@ class SessionTest:
                     self.sign_in.refresh(attempt, NOW)
             with self.assertRaises(server.InvalidCredentials):
                 self.sign_in.login("alice", value, NOW)
+            self.store.forget_failures(self.sign_in.keys.digest("alice"))
         for secret in [tokens["refresh_token"], tokens["access_token"], api_token["access_token"]]:
             self.assertFalse([value for value in texts if secret in value or secret.rpartition(".")[2] in value])
+
+
+@on_each_engine
+class ThrottleTest:
+    """Failed sign-ins, by `now`."""
+
+    HOME, AWAY = "192.0.2.1", "198.51.100.1"
+
+    def setUp(self):
+        super().setUp()
+        self.add_user()
+
+    def attempt(self, now, password="wrong", username="alice", address=AWAY, sign_in=None):
+        """Seconds to wait; 0 for a password that was looked at and wrong; None for a good sign-in."""
+        try:
+            (sign_in or self.sign_in).login(username, password, now, address=address)
+        except server.InvalidCredentials:
+            return 0
+        except server.TooManyRequests as refused:
+            return int(refused.get_header("Retry-After"))
+
+    def test_after_five_failures_in_a_row_each_next_one_waits_twice_as_long(self):
+        self.assertEqual([self.attempt(NOW) for _ in range(6)], [0, 0, 0, 0, 0, 1])
+        now = NOW
+        for wait in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900, 900]:
+            self.assertEqual(self.attempt(now + wait - 0.5), 1)
+            self.assertEqual(self.attempt(now), wait)
+            now += wait
+            self.assertEqual(self.attempt(now), 0)
+            self.store.prune_counts(now, 100)
+
+    def test_meanwhile_the_right_password_is_refused_too_without_hashing(self):
+        for _ in range(5):
+            self.attempt(NOW)
+        with mock.patch("hashlib.pbkdf2_hmac", wraps=hashlib.pbkdf2_hmac) as hashing:
+            self.assertEqual(self.attempt(NOW, "correct horse"), 1)
+        self.assertEqual(hashing.call_count, 0)
+        self.assertIsNone(self.attempt(NOW, "correct horse", address=self.HOME))
+        self.assertIsNone(self.attempt(NOW + 1, "correct horse"))
+
+    def test_a_good_sign_in_from_there_forgets_the_failures(self):
+        for _ in range(2):
+            self.assertEqual([self.attempt(NOW) for _ in range(4)], [0] * 4)
+            self.assertIsNone(self.attempt(NOW, "correct horse"))
+
+    def test_after_an_hour_they_are_forgotten(self):
+        for _ in range(5):
+            self.attempt(NOW)
+        self.assertEqual([self.attempt(NOW + 3600) for _ in range(6)], [0, 0, 0, 0, 0, 1])
+
+    def test_a_brute_force_of_one_minute_gets_few_hashes(self):
+        with mock.patch("server.verify_password", wraps=server.verify_password) as hashing:
+            for hundredth in range(6000):
+                self.attempt(NOW + hundredth / 100)
+        self.assertLess(hashing.call_count, 20)
+
+    def test_an_address_over_all_names(self):
+        for number in range(50):
+            self.assertEqual(self.attempt(NOW + number, username=f"name{number}"), 0)
+        self.assertEqual(self.attempt(NOW + 50, "correct horse"), 550)
+        self.assertIsNone(self.attempt(NOW + 50, "correct horse", address=self.HOME))
+        self.assertIsNone(self.attempt(NOW + 600, "correct horse"))
+
+    def test_a_name_over_all_addresses_but_never_from_its_users_own(self):
+        self.assertIsNone(self.attempt(NOW - 29 * 86400, "correct horse", address=self.HOME))
+        for number in range(100):
+            self.assertEqual(self.attempt(NOW, address=f"198.51.100.{number}"), 0)
+        self.assertEqual(self.attempt(NOW, "correct horse", address="203.0.113.1"), 3600)
+        self.assertIsNone(self.attempt(NOW, "correct horse", address=self.HOME))
+        self.assertIsNone(self.attempt(NOW + 3600, "correct horse", address="203.0.113.1"))
+
+    def test_a_home_is_one_for_thirty_days(self):
+        self.assertIsNone(self.attempt(NOW - 31 * 86400, "correct horse", address=self.HOME))
+        for number in range(100):
+            self.attempt(NOW, address=f"198.51.100.{number}")
+        self.assertEqual(self.attempt(NOW, "correct horse", address=self.HOME), 3600)
+
+    def test_an_unknown_name_is_counted_like_a_known_one(self):
+        answers = [[self.attempt(NOW, username=name, address=name) for _ in range(7)] for name in ["alice", "nobody"]]
+        self.assertEqual(answers[0], answers[1])
+
+    def test_addresses_of_one_ipv6_network_are_one(self):
+        for number in range(5):
+            self.attempt(NOW, address=f"2001:db8:1:2::{number:x}")
+        self.assertEqual(self.attempt(NOW, address="2001:db8:1:2:ffff::1"), 1)
+        self.assertEqual(self.attempt(NOW, address="2001:db8:1:3::1"), 0)
+        for address, network in [
+            ("192.0.2.1", "192.0.2.1"),
+            ("::ffff:192.0.2.1", "192.0.2.1"),
+            ("::1", "::/64"),
+            ("localhost", "localhost"),
+            ("", "unknown"),
+            ("x" * 100, "x" * 45),
+        ]:
+            self.assertEqual(server.network_of(address), network)
+
+    def test_processes_share_the_counts_and_a_restart_forgets_nothing(self):
+        with contextlib.closing(server.open_sign_in(self.settings)) as other:
+            for sign_in in [self.sign_in, other, self.sign_in, other, self.sign_in]:
+                self.attempt(NOW, sign_in=sign_in)
+        with contextlib.closing(server.open_sign_in(self.settings)) as restarted:
+            self.assertEqual(self.attempt(NOW, sign_in=restarted), 1)
+
+    def test_of_many_at_once_none_is_lost(self):
+        self.settings = dataclasses.replace(self.settings, throttle_pair=0, throttle_address=0, throttle_name=0)
+        self.sign_in = server.open_sign_in(self.settings)
+        self.addCleanup(self.sign_in.close)
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            self.assertEqual(set(pool.map(lambda _: self.attempt(NOW), range(64))), {0})
+        counted = self.raw_sql("SELECT failures FROM auth_throttle")
+        self.assertEqual(counted, [(64,)] * 3)
+
+    def test_zero_switches_a_limit_off(self):
+        self.settings = dataclasses.replace(self.settings, throttle_pair=0, throttle_address=0, throttle_name=7)
+        self.sign_in = server.open_sign_in(self.settings)
+        self.addCleanup(self.sign_in.close)
+        self.assertEqual([self.attempt(NOW) for _ in range(8)], [0] * 7 + [3600])
+
+    def test_unlocking_a_user_forgets_the_failures_of_the_name(self):
+        for number in range(105):
+            self.attempt(NOW, address=f"198.51.100.{number % 20}")
+        self.sign_in.unlock(self.store.find_user("alice"))
+        self.assertEqual(self.attempt(NOW, address="203.0.113.1"), 0)
+        self.assertIsNone(self.attempt(NOW, "correct horse", address="198.51.100.1"))
+
+    def test_the_table_stays_bounded(self):
+        self.settings = dataclasses.replace(self.settings, throttle_address=0)
+        self.sign_in = server.open_sign_in(self.settings)
+        self.addCleanup(self.sign_in.close)
+        for number in range(200):
+            self.attempt(NOW + 60 * number, username=f"name{number}", address=f"2001:db8:{number:x}::1")
+        [(rows,)] = self.raw_sql("SELECT COUNT(*) FROM auth_throttle")
+        self.assertLessEqual(rows, 60 * 3 + 20)
+
+    def test_names_do_not_stand_in_the_table(self):
+        self.attempt(NOW, username="typed my password here")
+        self.assertNotIn("typed", str(self.raw_sql("SELECT * FROM auth_throttle")))
+
+    def test_the_answer_is_429_with_retry_after(self):
+        fields = {"username": "alice", "password": "wrong"}
+        while self.client.post_json("/auth", fields, status="*").status_int == 401:
+            pass
+        answer = self.client.post_json("/auth", fields, status=429)
+        wait = int(answer.headers["Retry-After"])
+        self.assert_refused(answer, 429, "Too Many Requests", f"Too many failed sign-ins; try again in {wait} s")
+        self.assertGreater(wait, 0)
+        forged = {"X-Forwarded-For": "203.0.113.9"}
+        self.client.post_json("/auth", fields, headers=forged, status=429)
+
+
+class HashQueueTest(Case):
+    def test_only_so_many_hash_and_wait_and_the_rest_hear_so_at_once(self):
+        queue = server.HashQueue()
+        inside, release = [], threading.Event()
+
+        def work():
+            with queue.turn():
+                inside.append(1)
+                release.wait(30)
+
+        threads = [threading.Thread(target=work) for _ in range(queue.SIZE)]
+        try:
+            for thread in threads:
+                thread.start()
+            wait_for(lambda: len(inside) == queue.CORES and queue._places._value == 0)
+            with self.assertRaises(server.Unavailable) as refused, queue.turn():
+                pass
+            self.assertEqual(refused.exception.get_header("Retry-After"), "1")
+        finally:
+            release.set()
+            for thread in threads:
+                thread.join(30)
+        self.assertEqual(len(inside), queue.SIZE)
+        with queue.turn():
+            pass
+
+    def test_every_check_costs_as_much_as_the_costliest_hash_that_was_seen(self):
+        self.add_user("cheap")
+        self.store.add_user("costly", server.hash_password("correct horse", 5000))
+        for name, rounds in [("nobody", 1), ("cheap", 1), ("costly", 5000), ("cheap", 5000), ("nobody", 5000)]:
+            with mock.patch("hashlib.pbkdf2_hmac", wraps=hashlib.pbkdf2_hmac) as hashing:
+                with self.assertRaises(server.InvalidCredentials):
+                    self.sign_in.login(name, "wrong", NOW)
+                spent = [call.kwargs.get("iterations") or call.args[3] for call in hashing.call_args_list]
+            self.assertEqual(sum(spent), rounds, name)
+
+
+class RulesTest(unittest.TestCase):
+    def test_a_new_password_that_is_refused_hears_which_rule_it_breaks(self):
+        for password, words in [
+            *((password, "8 to 1024 characters") for password in ["", "seven77", "x" * 1025, None, 5, "\ud800" * 8]),
+            *((password, "not the user name") for password in ["alice.liddell", "ALICE.Liddell"]),
+            *((password, "commonest") for password in ["password", "PASSWORD123", "12345678", "qwertyuiop"]),
+        ]:
+            with self.subTest(password), self.assertRaisesRegex(server.BadRequest, words):
+                server.check_new_password(password, "alice.liddell")
+        for password in ["eight888", "x" * 1024, "пароль пароль", "correct horse"]:
+            server.check_new_password(password, "alice.liddell")
+        self.assertTrue(all(len(password) >= 8 for password in server.COMMON_PASSWORDS))
+
+
+class EventTest(Case):
+    """What happened, one line of JSON each."""
+
+    def test_each_event_is_one_line_of_json_whatever_clients_put_in_it(self):
+        evil = 'x"}\n{"event": "login"\r\n\u2028\x1b[31m\x00'
+        with self.assertLogs("auth", "DEBUG") as logged:
+            self.add_user()
+            tokens = self.sign_in.login("alice", "correct horse", NOW, name=evil, address="192.0.2.1")
+            for _ in range(6):
+                with self.assertRaises(server.AuthError):
+                    self.sign_in.login(evil, "wrong horse", NOW, address="192.0.2.1")
+            refreshed = self.sign_in.refresh(tokens["refresh_token"], NOW + 1)
+            identity, _ = self.sign_in.authenticate(refreshed["access_token"], NOW + 1)
+            self.sign_in.make_api_token(identity, "backup", 100, NOW + 1)
+            self.sign_in.change_password(identity, "correct horse", "battery staple", NOW + 1)
+            with self.assertRaises(server.SessionEnded):
+                self.sign_in.refresh(tokens["refresh_token"], NOW + 20)
+            bob = self.store.get_user(self.sign_in.add_user("bob", "battery staple"))
+            self.sign_in.lock(bob)
+            self.sign_in.unlock(self.store.get_user(bob.id))
+            self.sign_in.logout(server.Identity(bob.id, "bob"), "global")
+            self.sign_in.remove_user(bob)
+        lines = [record.getMessage() for record in logged.records]
+        events = [json.loads(line) for line in lines]
+        self.assertEqual(
+            [event["event"] for event in events],
+            ["login", *["login_failed"] * 5, "throttled", "refresh", "token_created", "password_changed"]
+            + ["reuse_detected", "user_added", "user_locked", "user_unlocked", "logout", "user_removed"],
+        )
+        self.assertFalse([line for line in lines if not line.isascii() or not line.isprintable()])
+        self.assertEqual(events[1]["name"], evil)
+        first = {"event": "login", "user": 1, "name": "alice", "address": "192.0.2.1", "session": identity.session.id}
+        self.assertEqual({name: value for name, value in events[0].items() if name != "time"}, first)
+        self.assertTrue(datetime.datetime.fromisoformat(events[0]["time"]))
+        for secret in [
+            *tokens.values(),
+            *refreshed.values(),
+            "correct horse",
+            "wrong horse",
+            "battery",
+            "pbkdf2",
+            SECRET,
+        ]:
+            if isinstance(secret, str) and secret != "Bearer":
+                self.assertNotIn(secret, "".join(lines))
 
 
 # --- Plugin ---
@@ -1684,7 +2039,7 @@ class RemotePluginTest(Case):
         host = self.other_host(port)
         with self.assertLogs("auth", "ERROR"):
             answer = self.ask(host, self.tokens["access_token"], 503)
-        self.assert_refused(answer, 503, "Service Unavailable", "The issuer's keys cannot be fetched; try again")
+        self.assert_refused(answer, 503, "Service Unavailable", "The issuer's public keys are not to be had; try again")
         self.assertIn("Retry-After", answer.headers)
         with self.issuer(self.app, port):
             wait_for(lambda: self.ask(host, self.tokens["access_token"], "*").status_int == 200)
@@ -2154,7 +2509,7 @@ def commands_of(parser, prefix=""):
 # --- Command line ---
 
 
-class CommandLineTest(Case):
+class CommandLineCase(Case):
     def setUp(self):
         super().setUp()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
@@ -2187,6 +2542,8 @@ class CommandLineTest(Case):
         self.assertEqual(result[2].count("\n"), 1, result[2])
         self.assertNotIn(SECRET, result[2])
 
+
+class CommandLineTest(CommandLineCase):
     def test_users_are_added_changed_listed_and_removed(self):
         self.assertEqual(
             self.run_main("user", "add", "alice", typed="correct horse\n"),
@@ -2201,6 +2558,7 @@ class CommandLineTest(Case):
 
     def test_users_are_locked_unlocked_and_signed_out(self):
         self.add_user()
+        server.create_key_file(self.folder / "auth.keys")
         for argv, printed in [
             (["user", "lock", "alice"], "user alice locked, sessions ended\n"),
             (["user", "list"], "1\talice\tlocked\t0\n"),
@@ -2217,11 +2575,18 @@ class CommandLineTest(Case):
     def test_keys_are_listed_rotated_and_retired(self):
         status, printed, _ = self.run_main("key", "rotate", "--alg", "EdDSA")
         new = printed.split()[0]
-        self.assertEqual((status, printed), (0, f"{new} signs now, with EdDSA\n"))
+        self.assertEqual((status, printed), (0, f"{new} signs now, with EdDSA, from {self.folder}/auth.keys\n"))
+        old = self.run_main("key", "rotate", "--alg", "HS256")[1].split()[0]
         listed = self.run_main("key", "list")[1].split("\n")
-        old = listed[1].split("\t")[0]
-        self.assertEqual(listed, [f"{new}\tEdDSA\tsigns and verifies", f"{old}\tHS256\tverifies", ""])
-        self.assertEqual(self.run_main("key", "retire", old), (0, f"{old} is retired\n", ""))
+        where = f"{self.folder}/auth.keys"
+        shown = [f"{old}\tHS256\tsigns and verifies\t{where}", f"{new}\tEdDSA\tverifies\t{where}", ""]
+        self.assertEqual(listed, shown)
+        with mock.patch.dict(os.environ, {"AUTH_SECRET_KEY": SECRET}):
+            *_, (kid, *line), _ = [line.split("\t") for line in self.run_main("key", "list")[1].split("\n")]
+            self.assertEqual(line, ["HS256", "verifies", "AUTH_SECRET_KEY"])
+            self.assert_fails(["key", "retire", kid], 1, "unset the variable")
+        retired = f"{old} is retired, {new} signs, with EdDSA\n"
+        self.assertEqual(self.run_main("key", "retire", old), (0, retired, ""))
         self.assert_fails(["key", "retire", new], 1, "is the last key; rotate first")
         self.assert_fails(["key", "retire", old], 1, "there is no key.*key list")
         self.assert_fails(["key", "rotate", "--alg", "none"], 2, "--alg.*HS256")
@@ -2231,8 +2596,8 @@ class CommandLineTest(Case):
         for argv, status, words, typed in [
             (["user", "add", "alice"], 1, "There is a user 'alice' already", "x\n"),
             (["user", "add", " alice"], 1, "white space", "x\n"),
-            (["user", "add", "bob"], 1, "at least one character", "\n"),
-            (["user", "add", "bob"], 1, "at least one character", ""),
+            (["user", "add", "bob"], 1, "8 to 1024 characters", "\n"),
+            (["user", "add", "bob"], 1, "8 to 1024 characters", ""),
             (["user", "remove", "bob"], 1, "no user 'bob'.*user list", ""),
             (["user", "passwd", "bob"], 1, "no user 'bob'.*user list", "x\n"),
             (["user"], 2, "ACTION.*--help", ""),
@@ -2471,7 +2836,379 @@ class ServiceTest(Case):
             concurrent.futures.ThreadPoolExecutor(16) as pool,
         ):
             self.assertEqual({type(token) for token in pool.map(service.login, ["roy"] * 48, ["roy"] * 48)}, {str})
-        self.assertEqual(service.log, "")
+        self.assertEqual({json.loads(line)["event"] for line in service.log.splitlines()}, {"login"})
+
+
+class DoctorTest(CommandLineCase):
+    """doctor says what is wrong, and how to mend it."""
+
+    def setUp(self):
+        super().setUp()
+        server.create_key_file(self.folder / "auth.keys")
+        self.store.prepare()
+
+    def doctor(self, *argv):
+        status, printed, errors = self.run_main("doctor", *argv)
+        self.assertEqual(errors, "")
+        self.assertEqual(status, 0 if printed.startswith("all is well") else 1)
+        return printed.splitlines()
+
+    def test_good_news_is_one_line(self):
+        self.add_user()
+        self.assertEqual(self.doctor(), [f"all is well with {self.database}"])
+
+    def test_each_fault_is_named_with_its_remedy(self):
+        for number, (name, stored) in enumerate(
+            [("weak", server.hash_password("x", 1)), ("plain", "roy"), (None, "x"), ("twin", "x"), ("twin", "!x")], 1
+        ):
+            self.raw_sql("DROP TABLE IF EXISTS user_old")
+            if number == 1:
+                self.raw_sql("DROP TABLE user")
+                self.raw_sql("CREATE TABLE user (id INTEGER PRIMARY KEY, username TEXT, password TEXT)")
+            self.raw_sql("INSERT INTO user (username, password) VALUES (%s, %s)", name, stored)
+        (self.folder / "auth.keys").chmod(0o644)
+        (self.folder / "auth.db").chmod(0o644)
+        self.store.note_forwarder("192.0.2.9", int(time.time()))
+        found = self.doctor("--pbkdf2-iterations", "600000", "--host", "0.0.0.0")
+        for words in [
+            "auth.keys: open to others.*chmod 600",
+            "auth.db: open to others.*chmod 600",
+            "host 0.0.0.0 is open.*AUTH_TRUSTED_PROXY",
+            "X-Forwarded-For comes from 192.0.2.9.*AUTH_TRUSTED_PROXY",
+            "1 of 5 users have hashes below pbkdf2_iterations",
+            r"user 2 \('plain'\) has no usable hash; run: server.py user passwd",
+            "user 3 has no name",
+            r"user 4 is one of 2 named 'twin'; rename",
+            r"user 5 is one of 2 named 'twin'; rename",
+        ]:
+            with self.subTest(words):
+                self.assertRegex("\n".join(found), words)
+        self.assertEqual(len(found), 9 + 2)  # and the hashes of users 3 and 4
+
+    def test_missing_tables_and_no_database(self):
+        self.raw_sql("DROP TABLE auth_session")
+        self.assertRegex(self.doctor()[0], "no table auth_session; run: server.py init")
+        [line] = self.doctor("--database", "mysql://roy@127.0.0.1:1/users")
+        self.assertRegex(line, "refused.*AUTH_DATABASE")
+
+    def test_a_clock_that_differs(self):
+        with mock.patch.object(server.SQLiteStore, "clock", lambda store: time.time() + 60):
+            self.assertRegex(self.doctor()[0], r"its clock is \+60 s")
+
+    def test_a_weak_secret_is_named_like_everywhere(self):
+        with mock.patch.dict(os.environ, {"AUTH_SECRET_KEY": "secret-key"}):
+            self.assert_fails(["doctor"], 1, "published.*secrets.token_urlsafe")
+
+
+class MySQLDoctorTest(MySQLCase):
+    def test_the_servers_clock_and_the_way_to_it(self):
+        self.assertAlmostEqual(self.store.clock(), time.time(), delta=5)
+        self.assertTrue(self.store.is_private())
+        with mock.patch("server.is_loopback", lambda host: False):
+            self.assertTrue(self.store.is_private())  # this server offers TLS, so it is used
+
+
+class AttackTest(Case):
+    """Hostile requests through a real socket; after each, a good sign-in still works."""
+
+    def request_line(self, *lines, body=b""):
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+    def shapes(self, token):
+        """(bytes, what may come back: a set of statuses, 0 for nothing)"""
+        form = "Content-Type: application/x-www-form-urlencoded"
+        login = b"username=roy&password=roy"
+        size = f"Content-Length: {len(login)}"
+        post, get, host = "POST /auth HTTP/1.1", "GET /rest-auth HTTP/1.1", "Host: a"
+        smuggled = b"GET /rest-auth HTTP/1.1\r\nHost: a\r\n\r\n"
+        chunks = b"5\r\nusern\r\n0\r\n\r\n"
+        yield self.request_line(post, host, form, size, f"Content-Length: {len(login) + 1}", body=login), {400}
+        yield self.request_line(post, host, form, size, size, body=login), {400}
+        yield self.request_line(post, host, form, "Content-Length: 5, 5", body=login), {400}
+        for length in ["-1", "+5", "0x5", "1e1", "5 5", "\xb2", "9" * 5000, "", " "]:
+            yield (
+                self.request_line(post, host, form, f"Content-Length: {length}", body=login).replace(b"?", b"\xd9"),
+                {400, 401},
+            )
+        yield self.request_line(post, host, form, size, "Transfer-Encoding: chunked", body=chunks + smuggled), {400}
+        yield self.request_line(post, host, form, "Transfer-Encoding: chunked", "Content-Length: 5", body=chunks), {400}
+        yield (
+            self.request_line("POST /auth HTTP/1.0", form, "Transfer-Encoding: chunked", body=chunks + smuggled),
+            {400},
+        )
+        for encoding in ["xchunked", "chunked, identity", "identity, chunked", "gzip", "chunked\x0b", "\x00chunked"]:
+            yield self.request_line(post, host, form, f"Transfer-Encoding: {encoding}", body=chunks), {400, 501}
+        yield self.request_line(post, host, form, "Transfer-Encoding : chunked", body=chunks), {400}
+        yield self.request_line(post, host, form, "Content-Length : 5", body=login), {400}
+        yield self.request_line(post, host, form, "Transfer-Encoding: chunked", body=b"zz\r\nusern\r\n0\r\n\r\n"), {400}
+        yield self.request_line(post, host, form, "Transfer-Encoding: chunked", body=b"5\nusern\n0\n\n"), {400, 0}
+        yield self.request_line(get, host, " folded: x"), {400, 401}
+        yield self.request_line(get, host, "X: a\nY: b"), {400}
+        yield b"GET /rest-auth HTTP/1.1\nHost: a\n\n", {400, 0}
+        yield self.request_line(get, host, "X: a\x00b"), {400, 401}
+        yield self.request_line(get, host, ": empty"), {400}
+        yield self.request_line(get, host, "A" * 20_000 + ": b"), {431, 0}
+        yield self.request_line("GET /" + "a" * 20_000 + " HTTP/1.1", host), {431, 0}
+        for line in [
+            "GET http://[::1/health HTTP/1.1",
+            "GET",
+            "",
+            "GET  /  HTTP/1.1",
+            "\x16\x03\x01\x02",
+            "GET / HTTP/9.9",
+            "GET /",
+        ]:
+            yield self.request_line(line, host), {400, 401, 404, 0}
+        for path in [
+            "/../auth.keys",
+            "//etc/passwd",
+            "/%2e%2e/auth.keys",
+            "/auth%00",
+            "/%",
+            "/\xff",
+            "/rest-auth;x",
+            "*",
+            "/rest-auth/",
+        ]:
+            yield self.request_line(f"GET {path} HTTP/1.1", host), {400, 404, 401, 405}
+        for method in ["TRACE", "CONNECT", "PROXY", "get", "HEAD ", "\x00", "PROPFIND", "ANY"]:
+            yield self.request_line(f"{method} /rest-auth HTTP/1.1", host), {400, 401, 405}
+        for header in [f"Authorization: JWT {token}", f"authorization:Bearer {token}"]:
+            yield self.request_line(get, host, header, header), {401}
+        yield self.request_line(get, host, "Authorization: " + "A" * 10_000), {401}
+        yield self.request_line(get, host, "Authorization: Bearer \xff\xfe\x80"), {401}
+        yield self.request_line(get, host, f"Cookie: access_token={token}"), {401}
+        yield self.request_line(f"GET /rest-auth?access_token={token} HTTP/1.1", host), {401}
+        yield self.request_line(get, host, f"X_Authorization: JWT {token}"), {401}
+        yield self.request_line(get, host, f"Authorization_: JWT {token}"), {401}
+        yield self.request_line(get, host, "Expect: 100-continue", "X-HTTP-Method-Override: OPTIONS"), {100, 401}
+
+    def forgeries(self, token):
+        """Tokens after RFC 8725 and what was found since."""
+        head, claims, signature = token.split(".")
+        header = json.loads(base64.urlsafe_b64decode(head + "==="))
+        payload = json.loads(base64.urlsafe_b64decode(claims + "==="))
+
+        def forge(changes, key=b"", payload=payload):
+            changed = {name: value for name, value in (header | changes).items() if value is not ...}
+            parts = ".".join(server.base64url(json.dumps(part).encode()) for part in (changed, payload))
+            return f"{parts}.{server.base64url(hmac.digest(key, parts.encode(), 'sha256')) if key else ''}"
+
+        for none in [
+            "none",
+            "None",
+            "NONE",
+            "nOnE",
+            "",
+            None,
+            ...,
+            "HS384",
+            "RS256",
+            "ES256",
+            "EdDSA",
+            "hs256",
+            ["HS256"],
+            0,
+        ]:
+            yield forge({"alg": none})
+            yield forge({"alg": none}) + signature
+            yield forge({"alg": none}, b"x" * 32)
+        yield f"{head}.{claims}."
+        yield f"{head}.{claims}"
+        yield f"{head}..{signature}"
+        yield f".{claims}.{signature}"
+        yield f"{head}.{claims}.{signature}.{signature}"
+        yield f"{head}.{claims}.{server.base64url(b'0' * 32)}"
+        yield f"{head}.{claims}.{signature[:-1]}"
+        yield f"{head}.{claims}.{signature}=="
+        for kid in [
+            "../../../../dev/null",
+            "/dev/null",
+            "' UNION SELECT 'x",
+            "\x00",
+            "| id",
+            "x" * 5000,
+            "",
+            5,
+            [header["kid"]],
+            {},
+        ]:
+            for key in [b"", b"\x00", b"x", b"' UNION SELECT 'x"]:
+                yield forge({"kid": kid}, key)
+        own = {"kty": "oct", "k": server.base64url(b"x" * 32), "alg": "HS256", "kid": "mine"}
+        for name, value in [
+            ("jku", "http://127.0.0.1:1/jwks.json"),
+            ("jwk", own),
+            ("x5u", "http://127.0.0.1:1/cert.pem"),
+            ("x5c", ["MIIB"]),
+            ("crit", ["exp"]),
+            ("crit", []),
+            ("crit", "exp"),
+            ("b64", False),
+            ("zip", "DEF"),
+            ("cty", "JWT"),
+            ("enc", "A256GCM"),
+        ]:
+            for kid in [header["kid"], "mine", ...]:
+                yield forge({name: value, "kid": kid}, b"x" * 32)
+                yield forge({name: value, "kid": kid, "alg": "none"})
+        for change in [{"identity": 2}, {"sub": "2"}, {"exp": 2**40}, {"sid": "A" * 22}, {"identity": payload["sub"]}]:
+            yield f"{head}.{server.base64url(json.dumps(payload | change).encode())}.{signature}"
+
+    def test_after_each_attack_a_good_sign_in_still_works(self):
+        with Service(
+            self.folder, "--demo", "--throttle-address", "0", "--throttle-pair", "0", "--throttle-name", "0"
+        ) as service:
+            token = service.login("roy", "roy")
+            for data, statuses in self.shapes(token):
+                with self.subTest(data[:90]):
+                    answer = service.raw(data)
+                    found = re.findall(rb"HTTP/1\.[01] (\d{3}) ", answer)
+                    self.assertIn(int(found[0]) if found else 0, statuses, answer[:300])
+                    self.assertNotRegex(
+                        answer, rb"(?i)traceback|waitress|bottle|python|access_token|authenticate person"
+                    )
+                    self.assertIsInstance(service.login("roy", "roy"), str)
+            for forged in self.forgeries(token):
+                with self.subTest(forged[:90]):
+                    status, headers, text = service.request("GET", "/rest-auth", Authorization=f"Bearer {forged}")
+                    self.assertIn(status, (401, 431), text)
+                    self.assertEqual(json.loads(text)["status_code"], status)
+                    self.assertIsInstance(service.login("roy", "roy"), str)
+            self.assertEqual(service.request("GET", "/rest-auth", Authorization=f"Bearer {token}")[0], 200)
+        self.assertNotIn("Traceback", service.log)
+        self.assertNotIn("exception", service.log)
+
+    def test_security_headers(self):
+        with Service(self.folder, "--demo") as service:
+            for path in ["/health", "/rest-auth", "/nowhere"]:
+                headers = service.request("GET", path)[1]
+                self.assertEqual((headers["X-Content-Type-Options"], headers["Cache-Control"]), ("nosniff", "no-store"))
+                self.assertIsNone(headers["Server"])
+
+    def test_idle_and_trickling_connections_keep_nobody_out(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < 2000:
+            self.skipTest("too few descriptors")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with Service(self.folder, "--demo") as service, contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(socket.create_connection(service.address)) for _ in range(1200)]
+            for step in range(3):
+                for trickling in connections[:200]:
+                    trickling.sendall(b"GET /rest-auth"[step : step + 1])
+                self.assertIsInstance(service.login("roy", "roy"), str)
+                self.assertEqual(service.request("GET", "/health")[0], 200)
+
+    def test_a_request_that_never_ends_is_cut_off(self):
+        adjustments = waitress.adjustments.Adjustments()
+        for received in [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n"]:
+            parser = server.StrictParser(adjustments)
+            parser.received(received)
+            self.assertFalse(parser.completed)
+            parser._begun -= server.REQUEST_TIMEOUT + 1
+            parser.received(b"x")
+            self.assertEqual((parser.completed, parser.error.code), (True, 408))
+
+    def test_a_proxy_that_is_not_trusted_is_noted_and_not_believed(self):
+        with Service(self.folder) as service:
+            for number in range(6):
+                form, forged = urllib.parse.urlencode(locals_of("roy", "x")), f"203.0.113.{number}"
+                status = service.request("POST", "/auth", form, **FORM, X_Forwarded_For=forged)[0]
+            self.assertEqual(status, 429)
+        noted = [json.loads(line) for line in service.log.splitlines() if "untrusted" in line]
+        self.assertEqual([line["address"] for line in noted], ["127.0.0.1"])
+        with Service(self.folder, "--trusted-proxy", "127.0.0.1") as service:
+            for number in range(6):
+                form, forged = urllib.parse.urlencode(locals_of("roy", "x")), f"203.0.113.{number}"
+                self.assertEqual(service.request("POST", "/auth", form, **FORM, X_Forwarded_For=forged)[0], 401)
+
+    def test_random_and_mutated_requests(self):
+        fuzz(self, 4000)
+
+
+def call(app, environ):
+    """(status, body) of one request to a WSGI app."""
+    statuses = []
+    body = b"".join(app(environ, lambda status, headers, info=None: statuses.append(int(status[:3]))))
+    return statuses[0], body
+
+
+def fuzz(case, count, seed=1):
+    """Send so many random and mutated requests to the app; none may be a 500 or raise."""
+    case.settings = dataclasses.replace(case.settings, throttle_pair=0, throttle_address=0, throttle_name=0)
+    case.add_user()
+    token, errors, rng = case.login(), io.StringIO(), random.Random(seed)
+    pieces = [
+        "\x00",
+        "\xff",
+        "\ud800",
+        "%00",
+        "'",
+        '"',
+        "{",
+        "[",
+        "]]",
+        "\r\n",
+        " ",
+        "\t",
+        "é",
+        "😀",
+        "1e999",
+        "null",
+        "-1",
+        "A" * 300,
+    ]
+    bodies = [
+        '{"username": "alice", "password": "x"}',
+        "username=alice&password=x",
+        '{"refresh_token": "x"}',
+        '{"scope": "others"}',
+    ]
+    bodies += ['{"name": "x", "expires_in": 5}', '{"current_password": "x", "new_password": "y"}', "[" * 2000, ""]
+    routes = [(route.method, route.rule.replace("<sid>", "A" * 22)) for route in case.app.routes]
+
+    def mutate(text):
+        for _ in range(rng.randrange(4)):
+            where = rng.randrange(len(text) + 1)
+            text = text[:where] + rng.choice(pieces) + text[where + rng.randrange(3) :]
+        return text
+
+    for _ in range(count):
+        method, path = rng.choice(routes) if rng.random() < 0.9 else ("GET", "/")
+        method = rng.choice([method, method, method, "HEAD", "OPTIONS", "PUT", "X"])
+        latin = mutate(path).encode("utf-8", "replace").decode("latin-1") if rng.random() < 0.3 else path
+        body = mutate(rng.choice(bodies)).encode("utf-8", "surrogatepass")
+        scheme = rng.choice(["JWT", "Bearer", "jwt", "Basic", ""])
+        header = f"{scheme} {token if rng.random() < 0.5 else mutate(token)}".encode("utf-8", "replace").decode(
+            "latin-1"
+        )
+        environ = {
+            "REQUEST_METHOD": method,
+            "PATH_INFO": latin,
+            "QUERY_STRING": mutate(""),
+            "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_TYPE": rng.choice(
+                ["application/json", BadInputTest.FORM, "text/plain", mutate("application/json"), ""]
+            ),
+            "HTTP_AUTHORIZATION": header,
+            "REMOTE_ADDR": "127.0.0.1",
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": errors,
+            "SERVER_NAME": "a",
+            "SERVER_PORT": "80",
+            "wsgi.url_scheme": "http",
+        }
+        if not rng.random() < 0.8:
+            del environ["HTTP_AUTHORIZATION"]
+        status, body_of_answer = call(case.app, environ)
+        case.assertLess(status, 500, (environ, body, body_of_answer))
+        if status >= 300 and method != "HEAD" and status != 304:
+            case.assertEqual(json.loads(body_of_answer)["status_code"], status, environ)
+        if status == 204 and path.startswith("/auth"):  # a sign-out, or a new password
+            case.store.set_password(case.store.find_user("alice"), server.hash_password("correct horse", 1))
+            token = case.login()
+    case.assertEqual(errors.getvalue(), "")
 
 
 # --- README ---
