@@ -47,6 +47,7 @@ import ipaddress
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import resource
@@ -90,6 +91,7 @@ def event(what, /, level=logging.INFO, **facts):
 
 
 DAY = 86400  # seconds
+REMEMBERED = 4096  # verified tokens, and sessions, that a process remembers: a few MiB
 LOTS = 10**9
 
 
@@ -119,6 +121,9 @@ class Settings:
     token_ttl: int = setting(300, "seconds an access token lives", (1, DAY))
     session_ttl: int = setting(30 * DAY, "seconds a session lives from its last refresh on", (1, 3650 * DAY))
     session_max: int = setting(90 * DAY, "seconds a session lives at the most", (1, 3650 * DAY))
+    session_cache: int = setting(
+        0, "seconds for which MySQL is not asked again about a session; SQLite needs none", (0, 60)
+    )
     leeway: int = setting(10, "seconds that the clocks of two hosts may differ", (0, 300))
     pbkdf2_iterations: int = setting(600_000, "cost of a password hash; OWASP's floor", (1, 9_999_999))
     throttle_pair: int = setting(
@@ -607,28 +612,28 @@ class Store:
 
     def __init__(self, database):
         self.database = database
+        self._remembered = None, {}  # (version, what get_session has read since: {session id: (Session, User)})
         self._idle = []  # open connections, the last used on top
         self._pid = os.getpid()
         self._alone = contextlib.nullcontext()
 
     @staticmethod
-    def open(url):
-        """The store at a database URL; nothing is connected yet. Raises SettingsError."""
-        database = parse_database(url)
-        return SQLiteStore(database) if database.kind == "sqlite" else MySQLStore(database)
+    def open(settings):
+        """The store that settings.database names; nothing is connected yet. Raises SettingsError."""
+        database = parse_database(settings.database)
+        return SQLiteStore(database) if database.kind == "sqlite" else MySQLStore(database, settings.session_cache)
 
     def prepare(self):
         """Make missing tables. Raises SettingsError where that fails, with the command that does it by hand."""
-        script = Path(__file__).with_name("schema.sql")
         try:
             if self.missing_tables():
-                for statement in statements(read_script(script)):
+                for statement in statements(read_script()):
                     with self.transaction() as run:
                         run(statement)
             self._read("SELECT id, username, password FROM user LIMIT 1")
             self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
         except Unavailable as failure:
-            raise SettingsError(self._advice(failure.__cause__, script)) from None
+            raise SettingsError(self.advice(failure.__cause__)) from None
 
     def close(self):
         """Close the connections that no thread is using."""
@@ -642,6 +647,9 @@ class Store:
     def ping(self):
         """Run a query."""
         self._read("SELECT 1")
+
+    def version(self, now):
+        """Something that is another whenever anybody has committed since; None where that cannot be known."""
 
     def clock(self):
         """The database's time, in seconds since 1970."""
@@ -732,8 +740,26 @@ class Store:
             insert = f"INSERT INTO auth_session ({SESSION}) SELECT {marks} FROM {witness}"
             return run(insert, *columns, *values).rowcount == 1
 
-    def get_session(self, sid):
-        """(Session, its User), each None where there is none; in one query."""
+    def get_session(self, sid, now):
+        """(Session, its User), each None where there is none; in one query.
+
+        What was read before serves as long as self.version() says that nothing was committed since. It is asked before
+        the read: whatever is committed during it makes the next request read again.
+        """
+        version = self.version(now)
+        if version is None:
+            return self._read_session(sid)
+        remembered = self._remembered
+        if remembered[0] != version:
+            remembered = self._remembered = version, {}
+        found = remembered[1].get(sid)
+        if found is None:
+            found = self._read_session(sid)
+            if found[0] and len(remembered[1]) < REMEMBERED:
+                remembered[1][sid] = found
+        return found
+
+    def _read_session(self, sid):
         columns = "s." + SESSION.replace(", ", ", s.")
         query = (
             f"SELECT {columns}, u.id, u.username, u.password FROM auth_session s LEFT JOIN user u ON u.id = s.user_id"
@@ -891,6 +917,7 @@ class Store:
         """After a fork, leave the parent's connections as they are, open and unused, or the parent would lose them."""
         if self._pid != os.getpid():
             self._parents, self._idle, self._pid = self._idle, [], os.getpid()
+            self._remembered = None, {}
 
     def _take(self):
         self._leave_parents()
@@ -930,11 +957,14 @@ class Store:
         return isinstance(error, self.driver.DataError)
 
 
-def read_script(path):
+SCRIPT = Path(__file__).with_name("schema.sql")
+
+
+def read_script():
     try:
-        return path.read_text("utf-8")
+        return SCRIPT.read_text("utf-8")
     except OSError as error:
-        raise SettingsError(f"{path}: {error.strerror}; schema.sql belongs beside server.py") from None
+        raise SettingsError(f"{SCRIPT}: {error.strerror}; schema.sql belongs beside server.py") from None
 
 
 def statements(script):
@@ -955,6 +985,7 @@ class SQLiteStore(Store):
 
     def __init__(self, database):
         super().__init__(database)
+        self._wal_index = self._watch = None
         self._path = os.path.realpath(database.name)  # a later chdir leads nowhere else
         self._address = Path(self._path).as_uri()
         if not database.name:  # in memory: a database of this name, alive while one connection is, for one at a time
@@ -963,8 +994,39 @@ class SQLiteStore(Store):
 
     def close(self):
         super().close()
+        if self._watch:
+            self._watch.close()
+            self._wal_index = self._watch = None
         if not self.database.name:
             self._anchor.close()
+
+    def version(self, now):
+        """The WAL-index header, which each commit by anybody on this host changes (sqlite.org/walformat.html, 2.1).
+
+        To look at it costs a thousandth of a SELECT in a process of many threads, which fight for the interpreter.
+        """
+        self._leave_parents()
+        if self._wal_index is None:
+            self._wal_index = self._map_wal_index()
+        return self._wal_index[:48] or None
+
+    def _map_wal_index(self):
+        """The file's bytes as they are at each look; b"" where there are none: in memory, or without WAL mode.
+
+        The connection that comes with it keeps the file: SQLite removes it when the last one closes.
+        """
+        try:
+            self._watch = self._connect()
+            self._watch.execute("SELECT name FROM sqlite_master").fetchall()
+            with open(f"{self._path}-shm", "rb") as file:
+                return mmap.mmap(file.fileno(), 48, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, sqlite3.Error):
+            return b""
+
+    def _leave_parents(self):
+        if self._pid != os.getpid():
+            self._parents_watch, self._watch, self._wal_index = self._watch, None, None
+        super()._leave_parents()
 
     def _connect(self):
         if self.database.name:  # hashes are for the owner's eyes; SQLite gives its other files the same mode
@@ -984,7 +1046,7 @@ class SQLiteStore(Store):
         # AUTOINCREMENT, which MySQL spells otherwise: a token of a removed user must not fit the next one
         return connection.execute(sql.replace("/*! AUTO_INCREMENT */", "AUTOINCREMENT"), values)
 
-    def _advice(self, error, script):
+    def advice(self, error):
         return f"{self.database}: {error}; the file and its folder must be writable, or name another database"
 
 
@@ -1010,6 +1072,22 @@ class MySQLStore(Store):
     lock = " FOR UPDATE"
     list_tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
     insert_new = "INSERT IGNORE"
+
+    def __init__(self, database, session_cache=0):
+        super().__init__(database)
+        self._session_cache, self._writes = session_cache, 0
+
+    def version(self, now):
+        """Nobody tells of others' commits; session_cache is how long they may stay unseen. Our own are seen at once."""
+        return (self._writes, now // self._session_cache) if self._session_cache else None
+
+    @contextlib.contextmanager
+    def transaction(self):
+        try:
+            with super().transaction() as run:
+                yield run
+        finally:  # after the commit, and before the answer
+            self._writes += 1
 
     def _connect(self):
         for host, port in self.database.hosts:
@@ -1060,10 +1138,10 @@ class MySQLStore(Store):
         incomparable = error.args[:1] in ((1267,), (3988,))  # a latin1 column and a name in another alphabet
         return incomparable or super()._is_misfit(error)
 
-    def _advice(self, error, script):
+    def advice(self, error):
         if error.args[:1] == (1142,):  # may not CREATE
             name, user = self.database.name, self.database.user
-            return f"{user} may not make tables; run as one who may: mariadb {name} < {script}"
+            return f"{user} may not make tables; run as one who may: mariadb {name} < {SCRIPT}"
         return f"{self.database}: {error.args[-1]}; AUTH_DATABASE names the server, the database and the account"
 
 
@@ -1142,7 +1220,7 @@ class KeySet:
         self._beside = tuple(keys)  # verify beside the file's, and sign where there is no file
         self._path, self._stamp, self._looked, self._failure = path, None, 0.0, None
         self._reading = threading.Lock()  # or who reads an older file might have the last word
-        self.keys = self._beside
+        self.keys, self._verified = self._beside, {}  # claims by token, of these keys
 
     @classmethod
     def load(cls, settings, create=False):
@@ -1173,13 +1251,24 @@ class KeySet:
         return jwt.encode(claims, key.signer, headers={"kid": key.kid}, sort_headers=False)
 
     def verify(self, token, now, leeway=0):
-        """Return the claims of a token that is good at `now`. Raises InvalidToken, with PyJWT's text."""
+        """Return the claims of a token that is good at `now`. Raises InvalidToken, with PyJWT's text.
+
+        A token that has verified once needs no second look at its signature as long as the keys stay: only the times
+        change. What does not verify is not remembered, so nobody fills the memory with junk.
+        """
         self._look(now)
-        try:
-            claims = self._decode(token)
-        except jwt.PyJWTError as error:
-            raise InvalidToken(words_of(error)) from None
-        check_claims(claims, now, leeway)
+        verified = self._verified  # before the keys are used: those of a changed file come with a new one
+        claims = verified.get(token)
+        if claims is None:
+            try:
+                claims = self._decode(token)
+            except jwt.PyJWTError as error:
+                raise InvalidToken(words_of(error)) from None
+            check_types(claims)
+            if len(verified) >= REMEMBERED:
+                verified.clear()
+            verified[token] = claims
+        check_times(claims, now, leeway)
         return claims
 
     def refresh_token(self, session):
@@ -1245,6 +1334,7 @@ class KeySet:
         keys = read_key_file(self._path)
         kids = {key.kid for key in keys}
         self.keys = (*keys, *(key for key in self._beside if key.kid not in kids))
+        self._verified = {}
         self._stamp, self._failure = stamp, None
 
 
@@ -1278,7 +1368,8 @@ class RemoteKeySet:
             claims = jwt.decode(token, key, options=DECODE_OPTIONS)
         except jwt.PyJWTError as error:
             raise InvalidToken(words_of(error)) from None
-        check_claims(claims, now, leeway)
+        check_types(claims)
+        check_times(claims, now, leeway)
         return claims
 
     def _key(self, kid):
@@ -1315,7 +1406,7 @@ def words_of(error):
     return str(error).partition(": ")[0]
 
 
-# PyJWT checks times against the clock of the machine; check_claims does it against `now`.
+# PyJWT checks times against the clock of the machine; check_times does it against `now`.
 DECODE_OPTIONS = {
     "require": ["exp", "iat", "nbf", "identity"],
     "verify_exp": False,
@@ -1324,8 +1415,8 @@ DECODE_OPTIONS = {
 }
 
 
-def check_claims(claims, now, leeway):
-    """Raise InvalidToken unless the claims are typed as ours are and good at `now` (RFC 7519, 4.1)."""
+def check_types(claims):
+    """Raise InvalidToken unless the claims are typed as ours are."""
     for name in ("exp", "iat", "nbf"):
         if type(claims[name]) not in (int, float) or not 0 <= claims[name] < 2**53:  # NaN is not between them either
             raise InvalidToken(f"The claim {name} must be a number of seconds")
@@ -1336,6 +1427,10 @@ def check_claims(claims, now, leeway):
         raise InvalidToken("The claims identity and sub name different users")
     if "sid" in claims and not (isinstance(claims["sid"], str) and SESSION_ID.fullmatch(claims["sid"])):
         raise InvalidToken("The claim sid must be the id of a session")
+
+
+def check_times(claims, now, leeway):
+    """Raise InvalidToken unless the claims are good at `now` (RFC 7519, 4.1.4 to 4.1.6)."""
     if claims["exp"] <= now - leeway:
         raise InvalidToken("Signature has expired")
     for name in ("iat", "nbf"):
@@ -1503,7 +1598,7 @@ def waits(counts, limits, now):
 def network_of(address):
     """What counts as one address: an IPv4 address, or the /64 network that one IPv6 client has to itself."""
     try:
-        ip = ipaddress.ip_address(address)
+        ip = ipaddress.ip_address(re.sub(r"^\[(.*)\](:\d+)?$", r"\1", address))
     except ValueError:  # such as `localhost` of a unix socket
         return address[:45] or "unknown"  # '' is all addresses together
     if ip.version == 6 and ip.ipv4_mapped:
@@ -1557,6 +1652,7 @@ class SignIn:
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
         self._hashing = HashQueue()
+        self._counting, self._trying = threading.Lock(), collections.Counter()
         self._rounds = settings.pbkdf2_iterations  # what each check costs: as much as the costliest hash seen so far
         self._forwarder_noted = False
         self._touch_from = 0.0
@@ -1741,26 +1837,39 @@ class SignIn:
         """
         name, network = self.keys.digest(username), network_of(address)
         self._demand_patience(name, network, now, username)
-        with self._hashing.turn():
-            pair = self._demand_patience(name, network, now, username)
+        with self._hashing.turn(), self._counted(name, network, now, username) as pair:
             try:
                 yield
             except InvalidCredentials:
                 event("login_failed", logging.WARNING, name=username, address=address)
-                self.store.count_failure(name, network, int(now), MEMORIES)
+                self.store.count_failure(name, network, math.ceil(now), MEMORIES)
                 self.store.prune_counts(now, PRUNE_AT_ONCE)
                 raise
             if pair.failures or now - pair.signed_in > DAY:
                 self.store.count_sign_in(name, network, int(now), AT_HOME)
 
+    @contextlib.contextmanager
+    def _counted(self, name, network, now, username):
+        """Look at the counts again; those who are in this block at the same time see each other as failures."""
+        with self._counting:
+            pair = self._demand_patience(name, network, now, username)
+            self._trying.update((name, network))
+        try:
+            yield pair
+        finally:
+            with self._counting:
+                self._trying -= collections.Counter((name, network))
+
     def _demand_patience(self, name, network, now, username):
         limits = self.settings.throttle_pair, self.settings.throttle_address, self.settings.throttle_name
-        counts = self.store.get_counts(name, network)
-        wait = max(waits(counts, limits, now))
+        pair, by_address, by_name = self.store.get_counts(name, network)
+        by_address = dataclasses.replace(by_address, failures=by_address.failures + self._trying[network])
+        by_name = dataclasses.replace(by_name, failures=by_name.failures + self._trying[name])
+        wait = max(waits((pair, by_address, by_name), limits, now))
         if wait > 0:
             event("throttled", logging.WARNING, name=username, address=network, wait=math.ceil(wait))
             raise TooManyRequests(wait)
-        return counts[0]
+        return pair
 
     def _open_session(self, username, password, now, name, address):
         for _ in range(3):  # another sign-in may upgrade the hash between our reading it and our relying on it
@@ -1828,7 +1937,7 @@ class SignIn:
 
     def _alive(self, sid, now):
         """The Session of this id and its User. Raises SessionEnded or UnknownUser."""
-        session, user = self.store.get_session(sid)
+        session, user = self.store.get_session(sid, now)
         if session is None or session.expires <= now:
             raise SessionEnded
         self._demand_user(user)
@@ -1858,7 +1967,7 @@ class SignIn:
 
 def open_sign_in(settings):
     """A SignIn whose tables and keys are there, made where they were missing. Raises SettingsError."""
-    store = Store.open(settings.database)
+    store = Store.open(settings)
     try:
         store.prepare()
         return SignIn(settings, KeySet.load(settings, create=True), store)
@@ -1933,7 +2042,7 @@ class JWTPlugin:
         if sign_in is None:
             checked = Settings(**settings)
             keys = RemoteKeySet(jwks_url) if jwks_url else KeySet.load(checked)
-            sign_in = SignIn(checked, keys, Store.open(checked.database) if "database" in settings else None)
+            sign_in = SignIn(checked, keys, Store.open(checked) if "database" in settings else None)
         self.sign_in = sign_in
 
     def setup(self, app):
@@ -2033,7 +2142,7 @@ def answer(value, status=200):
 
 def client():
     """What a session keeps of the client that opened it: User-Agent and address."""
-    return {"name": request.environ.get("HTTP_USER_AGENT", ""), "address": request.environ.get("REMOTE_ADDR", "")}
+    return {"name": request.environ.get("HTTP_USER_AGENT", ""), "address": request.environ.get("REMOTE_ADDR", "")[:45]}
 
 
 def login(sign_in):
@@ -2345,17 +2454,23 @@ def demo_settings(settings, flags):
 
 def init_command(settings, args):
     """Make the tables that are missing."""
-    with contextlib.closing(Store.open(settings.database)) as store:
+    with contextlib.closing(Store.open(settings)) as store:
         store.prepare()
         print(f"tables are ready in {store.database}")
 
 
 def user_command(settings, args):
-    with contextlib.closing(Store.open(settings.database)) as store:
-        if args.action is not user_add and store.database.kind == "sqlite" and not os.path.exists(store.database.name):
-            raise SettingsError(f"{store.database}: there is no such file here; --database names another")
+    with contextlib.closing(Store.open(settings)) as store:
+        if args.action is not user_add:
+            demand_file(store)
         store.prepare()
         args.action(SignIn(settings, None, store), args)
+
+
+def demand_file(store):
+    """Raise SettingsError rather than make an empty database, which is never what a question is about."""
+    if store.database.kind == "sqlite" and not os.path.exists(store.database.name):
+        raise SettingsError(f"{store.database}: there is no such file here; --database names another")
 
 
 def user_add(sign_in, args):
@@ -2455,12 +2570,13 @@ def new_password():
 
 def doctor_command(settings, args):
     """Say what is wrong with this installation, and how to mend each; exit status 1 where anything is."""
-    with contextlib.closing(Store.open(settings.database)) as store:
-        problems = [problem for check in (doctor_files, doctor_network) for problem in check(settings)]
+    with contextlib.closing(Store.open(settings)) as store:
+        demand_file(store)
+        problems = [*doctor_files(settings), *doctor_network(settings)]
         try:
             problems += doctor_store(settings, store)
         except Unavailable as failure:
-            problems.append(f"{store.database}: {failure.__cause__}; start the database, or mend AUTH_DATABASE")
+            problems.append(store.advice(failure.__cause__))
         for problem in problems:
             print(problem)
         if problems:
@@ -2472,7 +2588,8 @@ def doctor_command(settings, args):
 def doctor_files(settings):
     """Key file, its modes, SQLite's file, and what is missing for them."""
     try:
-        KeySet.load(settings)
+        if settings.secret_key or os.path.lexists(settings.keys):  # else the first start makes the file
+            KeySet.load(settings)
     except SettingsError as error:
         yield str(error)
     database = parse_database(settings.database)
@@ -2496,7 +2613,8 @@ def doctor_store(settings, store):
         yield f"{store.database}: no table {' and no table '.join(missing)}; run: server.py init"
     else:
         for address in store.get_forwarders(time.time()):
-            yield f"X-Forwarded-For comes from {address}: if that is your proxy, set AUTH_TRUSTED_PROXY to it"
+            if address != settings.trusted_proxy:
+                yield f"X-Forwarded-For came from {address} today: if that is your proxy, name it in AUTH_TRUSTED_PROXY"
     ahead = store.clock() - time.time()
     if abs(ahead) > settings.leeway:
         yield f"{store.database}: its clock is {ahead:+.0f} s from this machine's; run NTP on both"
@@ -2514,7 +2632,7 @@ def doctor_users(settings, users):
     names = collections.Counter(user.username for user in users)
     for user in users:
         if not user.is_locked and not read_hash(user.password_hash):
-            yield f"user {user.id} ({user.username!r}) has no usable hash; run: server.py user passwd NAME"
+            yield f"user {user.id} ({user.username!r}) has no usable hash; run: server.py user passwd {user.username}"
         if not user.username:
             yield f"user {user.id} has no name and cannot sign in; delete the row, or name it"
         elif names[user.username] > 1:
@@ -2556,7 +2674,8 @@ def make_parser():
     def add(commands, name, run, *settings, **defaults):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         command.set_defaults(**defaults)
-        add_settings(command, *settings)
+        if settings:
+            add_settings(command, *settings)
         return command
 
     add_serve_flags(add(commands, "serve", serve_command, command=serve_command))

@@ -634,6 +634,36 @@ class StoreTest:
 
 
 class SQLiteTest(Case):
+    def test_the_version_is_another_after_each_commit_by_anybody_and_only_then(self):
+        self.add_user()
+        before = self.store.version(NOW)
+        self.assertEqual(len(before), 48)
+        self.store.find_user("alice")
+        self.raw_sql("DELETE FROM user WHERE id = 99")
+        self.assertEqual(self.store.version(NOW), before)
+        seen = {before}
+        command = [
+            sys.executable,
+            "-c",
+            "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2]); c.commit()",
+        ]
+        update = "UPDATE user SET password = password || 'x'"
+        for commit in [
+            lambda: self.raw_sql(update),
+            lambda: self.add_user("bob"),
+            lambda: subprocess.run([*command, self.folder / "auth.db", update], check=True),
+            lambda: self.raw_sql("PRAGMA wal_checkpoint(TRUNCATE)") and self.raw_sql(update),
+        ]:
+            commit()
+            self.assertNotIn(self.store.version(NOW), seen)
+            seen.add(self.store.version(NOW))
+
+    def test_without_a_wal_index_each_request_reads(self):
+        store = server.Store.open(Settings(database="sqlite://"))
+        store.prepare()
+        self.assertIsNone(store.version(NOW))
+        store.close()
+
     def test_files_are_the_owners_own(self):
         self.add_user()
         self.assertGreater(len(list(self.folder.glob("auth.db*"))), 1)
@@ -670,7 +700,7 @@ class SQLiteTest(Case):
         (self.folder / "link.db").symlink_to(self.folder / "real.db")
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        store = server.Store.open("sqlite:///link.db")
+        store = server.Store.open(Settings(database="sqlite:///link.db"))
         os.chdir("/")
         store.prepare()
         store.close()
@@ -1075,6 +1105,26 @@ class RotationTest(Case):
             logging.getLogger("auth").info("one line, for assertLogs wants one")
             yield
         self.assertEqual(len(logged.output), 1)
+
+    def test_a_token_that_verified_is_remembered_and_never_outlives_its_times_or_its_key(self):
+        token, old = self.keys.sign(self.claims), self.keys.keys[0].kid
+        with mock.patch.object(self.keys, "_decode", wraps=self.keys._decode) as decode:
+            for _ in range(5):
+                self.keys.verify(token, NOW + 1)
+            self.assertEqual(decode.call_count, 1)
+            for now, leeway, words in [
+                (NOW + 900, 0, "expired"),
+                (NOW + 905, 4, "expired"),
+                (NOW - 1, 0, "not yet valid"),
+            ]:
+                with self.assertRaisesRegex(server.InvalidToken, words):
+                    self.keys.verify(token, now, leeway)
+            self.assertTrue(self.keys.verify(token, NOW + 905, leeway=6))
+            self.assertEqual(decode.call_count, 1)
+            self.rotate()
+            server.retire_key(self.path, old)
+            with self.assertRaisesRegex(server.InvalidToken, "Signature verification failed"):
+                self.keys.verify(token, NOW + 2)
 
     def test_a_file_that_could_not_be_read_is_tried_again(self):
         self.rotate()
@@ -1565,6 +1615,66 @@ class SessionTest:
             self.assertEqual(len(self.rows()), left)
         self.assertTrue(self.identity(live, NOW + 1))
 
+    def count_reads(self, tokens, now=NOW):
+        with mock.patch.object(self.store, "_run", wraps=self.store._run) as run:
+            self.identity(tokens, now)
+        return run.call_count
+
+    def test_what_was_read_serves_until_anybody_commits(self):
+        self.settings = dataclasses.replace(self.settings, session_cache=60)
+        self.add_user()
+        tokens, other = self.open_session(), self.open_session()
+        self.assertEqual([self.count_reads(tokens), self.count_reads(tokens), self.count_reads(other)], [1, 0, 1])
+        self.store.add_user("bob", "x")
+        self.assertEqual([self.count_reads(tokens), self.count_reads(tokens)], [1, 0])
+        changes = [
+            ("sign-out", lambda: self.sign_in.logout(self.identity(tokens), "local")),
+            ("lock", lambda: self.sign_in.lock(self.store.find_user("alice"))),
+            ("remove", lambda: self.store.remove_user(1)),
+        ]
+        for name, change in changes:
+            tokens = self.open_session()
+            self.assertEqual(self.count_reads(tokens, NOW + 1), 1)
+            self.assertEqual(self.count_reads(tokens, NOW + 1), 0)
+            change()
+            with self.subTest(name):
+                self.assert_ended(tokens, NOW + 1)
+            if name == "lock":
+                self.sign_in.unlock(self.store.find_user("alice"))
+
+    def test_what_others_commit_is_seen(self):
+        """At once on SQLite; on MySQL at once unless session_cache says for how long not."""
+        for seconds in (0, 20):
+            self.settings = dataclasses.replace(self.settings, session_cache=seconds)
+            self.sign_in = server.open_sign_in(self.settings)
+            self.addCleanup(self.sign_in.close)
+            if not seconds:
+                self.add_user()
+            tokens = self.open_session()
+            self.assertTrue(self.identity(tokens, NOW))
+            self.raw_sql("DELETE FROM auth_session")
+            if seconds and self.database.startswith("mysql"):
+                self.assertTrue(self.identity(tokens, NOW + 1))
+            self.assert_ended(tokens, NOW + seconds)
+
+    def test_memory_is_bounded_under_many_tokens_and_sessions(self):
+        self.add_user()
+        tokens = self.open_session()
+        identity = self.identity(tokens)
+        key = self.sign_in.keys.keys[0]
+        with mock.patch("server.REMEMBERED", 50):
+            for number in range(120):
+                claims = {"exp": NOW + 300, "iat": NOW, "nbf": NOW, "identity": 1, "jti": str(number)}
+                self.sign_in.authenticate(jwt.encode(claims, key.signer, headers={"kid": key.kid}), NOW)
+                made = self.sign_in.make_api_token(identity, "x", 100, NOW)
+                self.identity(made)
+                for bad in [f"{made['access_token']}x", "x" * number]:
+                    with self.assertRaises(server.InvalidToken):
+                        self.sign_in.authenticate(bad, NOW)
+                self.assertLessEqual(len(self.sign_in.keys._verified), 50)
+                self.assertLessEqual(len(self.store._remembered[1]), 50)
+        self.assertTrue(self.identity(tokens))
+
     def test_session_and_user_are_read_in_one_query(self):
         self.add_user()
         tokens = self.open_session()
@@ -1697,6 +1807,8 @@ class ThrottleTest:
             ("::1", "::/64"),
             ("localhost", "localhost"),
             ("", "unknown"),
+            ("[2001:db8::1]:443", "2001:db8::/64"),
+            ("[2001:db8::1]", "2001:db8::/64"),
             ("x" * 100, "x" * 45),
         ]:
             self.assertEqual(server.network_of(address), network)
@@ -1716,6 +1828,14 @@ class ThrottleTest:
             self.assertEqual(set(pool.map(lambda _: self.attempt(NOW), range(64))), {0})
         counted = self.raw_sql("SELECT failures FROM auth_throttle")
         self.assertEqual(counted, [(64,)] * 3)
+
+    def test_many_at_once_do_not_get_past_the_limits(self):
+        self.settings = dataclasses.replace(self.settings, throttle_pair=0, throttle_address=20, throttle_name=0)
+        self.sign_in = server.open_sign_in(self.settings)
+        self.addCleanup(self.sign_in.close)
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: self.attempt(NOW), range(64)))
+        self.assertEqual(answers.count(0), 20)
 
     def test_zero_switches_a_limit_off(self):
         self.settings = dataclasses.replace(self.settings, throttle_pair=0, throttle_address=0, throttle_name=7)
@@ -2874,7 +2994,7 @@ class DoctorTest(CommandLineCase):
             "auth.keys: open to others.*chmod 600",
             "auth.db: open to others.*chmod 600",
             "host 0.0.0.0 is open.*AUTH_TRUSTED_PROXY",
-            "X-Forwarded-For comes from 192.0.2.9.*AUTH_TRUSTED_PROXY",
+            "X-Forwarded-For came from 192.0.2.9.*AUTH_TRUSTED_PROXY",
             "1 of 5 users have hashes below pbkdf2_iterations",
             r"user 2 \('plain'\) has no usable hash; run: server.py user passwd",
             "user 3 has no name",
