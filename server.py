@@ -36,6 +36,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import getpass
@@ -55,6 +56,7 @@ import secrets
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import threading
 import time
@@ -112,7 +114,7 @@ class Settings:
     database: str = setting(
         "sqlite:///auth.db", "sqlite:///FILE, or mysql://USER:PASSWORD@HOST:PORT/NAME; sqlite:// is memory", shown=False
     )
-    host: str = setting("127.0.0.1", "address to listen on; beyond loopback put a TLS proxy in front")
+    host: str = setting("127.0.0.1", "address to listen on, or the path of a unix socket")
     port: int = setting(5000, "port to listen on; 0 takes a free one", (0, 65535))
     secret_key: str = setting(
         "", "HS256 secret, at least 32 bytes; with a key file as well, that one signs", shown=False, flag=False
@@ -131,6 +133,7 @@ class Settings:
     )
     throttle_address: int = setting(50, "failed sign-ins from one address in 10 minutes; 0 is off", (0, LOTS))
     throttle_name: int = setting(100, "failed sign-ins by one name in an hour, from new addresses; 0 is off", (0, LOTS))
+    processes: int = setting(1, "processes that serve, one for each core at the most", (1, 64))
     threads: int = setting(16, "requests worked on at once, beside sign-ins", (1, 256))
     trusted_proxy: str = setting("", "address of the proxy whose X-Forwarded-For and -Proto are believed")
     realm: str = setting("Login Required", "realm named in a 401")
@@ -143,8 +146,8 @@ class Settings:
             check_secret(self.secret_key.encode("utf-8", "surrogateescape"))
         if not self.host:
             raise SettingsError("host: name an address; 0.0.0.0 is all of IPv4, :: all of IPv6")
-        if self.trusted_proxy and not is_address(self.trusted_proxy):
-            raise SettingsError("trusted_proxy: give the IP address that the proxy connects from")
+        if self.trusted_proxy not in ("", "localhost") and not is_address(self.trusted_proxy):
+            raise SettingsError("trusted_proxy: give the one IP address that the proxy connects from")
         if '"' in self.realm or "\\" in self.realm or not self.realm.isprintable():
             raise SettingsError('realm: use printable characters other than " and \\')
 
@@ -185,7 +188,7 @@ def is_address(text):
 
 
 def is_loopback(host):
-    return host == "localhost" or (is_address(host) and ipaddress.ip_address(host).is_loopback)
+    return host == "localhost" or host.startswith("/") or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 # Secrets that stand in tutorials and manuals: whoever signs with one lets everybody in.
@@ -582,17 +585,17 @@ SESSION = ", ".join(field.name for field in dataclasses.fields(Session))
 
 
 def again_after_deadlock(method):
-    """Call a method of Store once more, or twice, when the database has undone it because it met another's (1213)."""
+    """Call a method of Store again, up to ten times, when the database has undone it because it met another (1213)."""
 
     @functools.wraps(method)
     def wrapper(self, *args, **values):
-        for last in (False, False, True):
+        for _ in range(9):
             try:
                 return method(self, *args, **values)
             except Unavailable as failure:
-                if last or not self._is_deadlock(failure.__cause__):
+                if not self._is_deadlock(failure.__cause__):
                     raise
-        return None  # never reached
+        return method(self, *args, **values)
 
     return wrapper
 
@@ -632,6 +635,7 @@ class Store:
                         run(statement)
             self._read("SELECT id, username, password FROM user LIMIT 1")
             self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
+            self.get_counts("", "")
         except Unavailable as failure:
             raise SettingsError(self.advice(failure.__cause__)) from None
 
@@ -835,14 +839,17 @@ class Store:
         keys = (name, address), ("", address), (name, "")
         with self.transaction() as run:
             for key, (column, seconds) in zip(keys, memories, strict=True):
-                run(f"{self.insert_new} INTO auth_throttle VALUES (?, ?, 0, ?, ?, 0, ?)", *key, now, now, now + seconds)
                 over = f"{column} + {seconds:d} <= {now:d}"
-                run(
+                change = (
                     f"UPDATE auth_throttle SET failures = CASE WHEN {over} THEN 1 ELSE failures + 1 END, "
                     f"since = CASE WHEN {over} THEN ? ELSE since END, latest = ?, "
-                    "expires = CASE WHEN expires < ? THEN ? ELSE expires END WHERE name = ? AND address = ?",
-                    *(now, now, now + seconds, now + seconds, *key),
+                    "expires = CASE WHEN expires < ? THEN ? ELSE expires END WHERE name = ? AND address = ?"
                 )
+                values = (now, now, now + seconds, now + seconds, *key)
+                if not run(change, *values).rowcount:  # only then inserted: an insert's locks are worse for others
+                    new = *key, now, now, now + seconds
+                    run(f"{self.insert_new} INTO auth_throttle VALUES (?, ?, 0, ?, ?, 0, ?)", *new)
+                    run(change, *values)
 
     @again_after_deadlock
     def count_sign_in(self, name, address, now, memory):
@@ -1290,8 +1297,9 @@ class KeySet:
                 return parts[1], int(parts[2])
         raise InvalidToken("The refresh token is not one of this service")
 
-    def digest(self, text):
+    def digest(self, text, now):
         """What stands for a text in the database, as long as the oldest key stays."""
+        self._look(now)
         return self.keys[-1].mac(f"digest of {text}")[:22]
 
     def _decode(self, token):
@@ -1589,10 +1597,11 @@ def waits(counts, limits, now):
     """Seconds to wait for each of the three Counts of Store.get_counts, given the limits; 0 or less is none."""
     pair, by_address, by_name = counts
     past = pair.failures - limits[0]
-    yield pair.latest + min(2 ** min(past, 10), LONGEST_WAIT) - now if limits[0] and past >= 0 else 0
+    longest = min(2 ** min(past, 10), LONGEST_WAIT)  # and no longer by a clock that was set back
+    yield min(pair.latest + longest - now, longest) if limits[0] and past >= 0 else 0
     for count, limit, (_, window) in [(by_address, limits[1], MEMORIES[1]), (by_name, limits[2], MEMORIES[2])]:
         at_home = count is by_name and now - pair.signed_in < AT_HOME
-        yield count.since + window - now if limit and count.failures >= limit and not at_home else 0
+        yield min(count.since + window - now, window) if limit and count.failures >= limit and not at_home else 0
 
 
 def network_of(address):
@@ -1615,8 +1624,9 @@ class HashQueue:
     CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     SIZE = CORES + 64  # a few seconds' work; whoever comes after those would wait longer than clients do
 
-    def __init__(self):
-        self._cores, self._places = threading.Semaphore(self.CORES), threading.Semaphore(self.SIZE)
+    def __init__(self, processes=1):
+        self._cores = threading.Semaphore(max(1, self.CORES // processes))
+        self._places = threading.Semaphore(self.SIZE)
 
     @contextlib.contextmanager
     def turn(self):
@@ -1651,10 +1661,10 @@ class SignIn:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        self._hashing = HashQueue()
+        self._hashing = HashQueue(settings.processes)
         self._counting, self._trying = threading.Lock(), collections.Counter()
         self._rounds = settings.pbkdf2_iterations  # what each check costs: as much as the costliest hash seen so far
-        self._forwarder_noted = False
+        self._forwarders = {}  # {address: when to say again that it is not trusted}
         self._touch_from = 0.0
 
     # Tokens
@@ -1807,7 +1817,7 @@ class SignIn:
         """Let a user sign in again with the password from before, and forget the failures of the name."""
         if user.is_locked:
             self._mark(user, user.password_hash[len(LOCKED) :])
-        self.store.forget_failures(self.keys.digest(user.username))
+        self.store.forget_failures(self.keys.digest(user.username, time.time()))
         event("user_unlocked", user=user.id, name=user.username)
 
     def remove_user(self, user):
@@ -1816,12 +1826,12 @@ class SignIn:
         event("user_removed", user=user.id, name=user.username)
 
     def note_forwarder(self, address, now):
-        """Say once that a proxy is not trusted: all its clients count as one address. `doctor` tells it, too."""
-        if not self._forwarder_noted:
-            self._forwarder_noted = True
+        """Say twice a day that a proxy is not trusted: all its clients count as one address. `doctor` tells it, too."""
+        if now > self._forwarders.get(address, 0) and len(self._forwarders) < 16:
+            self._forwarders[address] = now + DAY / 2
             event("x_forwarded_for_untrusted", logging.WARNING, address=address)
             with contextlib.suppress(AuthError):
-                self.store.note_forwarder(network_of(address), int(now))
+                self.store.note_forwarder(address, int(now))
 
     def close(self):
         if self.store:
@@ -1835,18 +1845,19 @@ class SignIn:
 
         The counts are looked at before the queue, which is no place for those who must wait, and again after it.
         """
-        name, network = self.keys.digest(username), network_of(address)
+        name, network = self.keys.digest(username, now), network_of(address)
         self._demand_patience(name, network, now, username)
         with self._hashing.turn(), self._counted(name, network, now, username) as pair:
             try:
                 yield
             except InvalidCredentials:
-                event("login_failed", logging.WARNING, name=username, address=address)
+                event("login_failed", logging.WARNING, name=username[:255], address=address)
                 self.store.count_failure(name, network, math.ceil(now), MEMORIES)
-                self.store.prune_counts(now, PRUNE_AT_ONCE)
+                self._prune(now)
                 raise
             if pair.failures or now - pair.signed_in > DAY:
-                self.store.count_sign_in(name, network, int(now), AT_HOME)
+                with contextlib.suppress(AuthError):  # the session is there: the sign-in goes on
+                    self.store.count_sign_in(name, network, int(now), AT_HOME)
 
     @contextlib.contextmanager
     def _counted(self, name, network, now, username):
@@ -1867,7 +1878,7 @@ class SignIn:
         by_name = dataclasses.replace(by_name, failures=by_name.failures + self._trying[name])
         wait = max(waits((pair, by_address, by_name), limits, now))
         if wait > 0:
-            event("throttled", logging.WARNING, name=username, address=network, wait=math.ceil(wait))
+            event("throttled", logging.WARNING, name=username[:255], address=network, wait=math.ceil(wait))
             raise TooManyRequests(wait)
         return pair
 
@@ -1887,7 +1898,8 @@ class SignIn:
             event("user_ambiguous", logging.ERROR, error=str(conflict))
             user = None
         stored = user.password_hash if user else None
-        self._rounds = max(self._rounds, cost_of(stored))
+        bearable = 4 * self.settings.pbkdf2_iterations  # or one absurd row would slow everybody down
+        self._rounds = max(self._rounds, min(cost_of(stored), bearable))
         if not verify_password(stored, password, self._rounds):
             raise InvalidCredentials
         return user
@@ -1959,6 +1971,7 @@ class SignIn:
     def _prune(self, now):
         with contextlib.suppress(AuthError):  # the next sign-in tries again
             self.store.prune_sessions(now, PRUNE_AT_ONCE)
+            self.store.prune_counts(now, PRUNE_AT_ONCE)
 
     def _mark(self, user, password_hash):
         if not self.store.set_password(user, password_hash):
@@ -2147,7 +2160,7 @@ def client():
 
 def login(sign_in):
     fields = read_fields()
-    if request.get_header("X-Forwarded-For") and not sign_in.settings.trusted_proxy:
+    if request.environ.get("HTTP_X_FORWARDED_FOR") and not sign_in.settings.trusted_proxy:
         sign_in.note_forwarder(client()["address"], time.time())
     return answer(sign_in.login(fields.get("username"), fields.get("password"), time.time(), **client()))
 
@@ -2161,7 +2174,7 @@ def refresh(sign_in):
 
 def logout(sign_in, identity):
     sign_in.logout(identity, read_fields().get("scope", "local"))
-    return HTTPResponse(status=204)
+    return HTTPResponse(status=204, headers=JSON_HEADERS)
 
 
 def rest_auth():
@@ -2177,7 +2190,7 @@ def change_password(sign_in, identity):
     fields = read_fields()
     passwords = fields.get("current_password"), fields.get("new_password")
     sign_in.change_password(identity, *passwords, time.time(), client()["address"])
-    return HTTPResponse(status=204)
+    return HTTPResponse(status=204, headers=JSON_HEADERS)
 
 
 def list_sessions(sign_in, identity):
@@ -2186,7 +2199,7 @@ def list_sessions(sign_in, identity):
 
 def end_session(sign_in, identity, sid):
     sign_in.end_session(identity, sid)
-    return HTTPResponse(status=204)
+    return HTTPResponse(status=204, headers=JSON_HEADERS)
 
 
 def make_api_token(sign_in, identity):
@@ -2209,7 +2222,7 @@ def jwks(sign_in):
     body = json.dumps(sign_in.keys.public(time.time())) + "\n"
     etag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
     headers = JSON_HEADERS | {"Cache-Control": "public, max-age=600", "ETag": etag}
-    if request.get_header("If-None-Match") == etag:
+    if request.environ.get("HTTP_IF_NONE_MATCH") == etag:
         return HTTPResponse(status=304, headers=headers)
     return HTTPResponse(body, headers=headers)
 
@@ -2279,7 +2292,7 @@ def bottle_error(error):
         allowed = allowed.replace("GET", "GET,HEAD") + ",OPTIONS"
         response.set_header("Allow", allowed)
         if request.method == "OPTIONS":
-            return HTTPResponse(status=204, headers={"Allow": allowed})
+            return HTTPResponse(status=204, headers=JSON_HEADERS | {"Allow": allowed})
     name, description = REFUSALS.get(status, FAILURE)
     if "bottle.route" in request.environ and error.exception is None and isinstance(error.body, str):
         name, description = error.status_line.partition(" ")[2], error.body
@@ -2342,8 +2355,14 @@ class StrictParser(HTTPRequestParser):
             super().parse_header(header_plus)
         except ValueError as error:  # a Content-Length of 5,000 digits, a path that is half a URL
             raise ParsingError("cannot be read") from error
-        if "TRANSFER_ENCODING" in self.headers or (self.chunked and "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("has two lengths, or chunks before HTTP/1.1")
+        encodings = re.findall(rb"\ntransfer[-_]encoding[ \t]*:[ \t]*(.*?)[ \t]*\r", header_plus.lower() + b"\r")
+        if encodings and (encodings != [b"chunked"] or self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("has a length that is not one")
+        if self.version not in ("1.0", "1.1") or "," in self.headers.get("HOST", "," if self.version == "1.1" else ""):
+            raise ParsingError("has no version or host that is one")
+        if forwarded := self.headers.get("X_FORWARDED_FOR"):  # waitress takes the last colon of these for a port's
+            plain = re.sub(r"\[([^\]]*)\](:\d+)?", r"\1", forwarded)
+            self.headers["X_FORWARDED_FOR"] = re.sub(r"(?i)::ffff:(\d+(\.\d+){3})", r"\1", plain)
 
 
 class StrictChannel(HTTPChannel):
@@ -2359,25 +2378,118 @@ def refusal_of_waitress(error, ident=None):
 def serve(app, settings, announce):
     """Serve until SIGINT or SIGTERM; `announce` gets the URL as soon as the port is ours. Raises SettingsError."""
     waitress.utilities.Error.to_response = refusal_of_waitress  # the one place that all its refusals come through
-    with listen(settings) as listener:
-        server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
-        server.channel_class = StrictChannel
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: sys.exit())  # waitress ends its loop at SystemExit
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        with contextlib.suppress(SystemExit):
-            announce(f"http://{host}:{listener.getsockname()[1]}")
-            server.run()
-        server.close()
+    end_at_signals()
+    with contextlib.suppress(SystemExit), listen(settings) as listener:
+        announce(url_of(listener))
+        if settings.processes == 1:
+            work(app, settings, listener)
+        else:
+            supervise(partial(work, app, settings, listener), settings.processes)
+
+
+def end_at_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit())
+
+
+def work(app, settings, listener):
+    """Answer what comes to a listening socket until SIGINT or SIGTERM."""
+    server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
+    server.channel_class = StrictChannel
+    end_at_signals()  # SystemExit ends waitress's loop
+    server.run()
+    server.close()
+
+
+def supervise(work, count):
+    """Keep so many child processes at `work`: one that dies is replaced; SIGINT and SIGTERM end all, and then this."""
+    children, stopping = set(), False
+    alive, mine = os.pipe()  # a child ends when this pipe does: even a parent that is killed leaves none behind
+
+    def stop(*_):
+        nonlocal stopping
+        stopping = True
+        for pid in children:
+            os.kill(pid, signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    while children or not stopping:
+        while not stopping and len(children) < count:
+            children.add(start_child(work, alive, mine))
+        began = time.monotonic()
+        with contextlib.suppress(ChildProcessError):
+            pid, status = os.wait()
+            children.discard(pid)
+            if not stopping:
+                event("process_died", logging.ERROR, pid=pid, status=status)
+                time.sleep(0 if time.monotonic() - began > 1 else 1)  # one that cannot start is not tried without pause
+
+
+def start_child(work, alive, mine):
+    """Fork, and return the child's process id; no signal gets lost between the fork and its handlers."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.close(mine)
+            threading.Thread(target=end_with_parent, args=[alive], daemon=True).start()
+            for number in signals:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    return pid
+
+
+def end_with_parent(alive):
+    os.read(alive, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def listen(settings):
+    """The socket to accept on: systemd's where it passes one on (sd_listen_fds(3)), or a unix socket, or TCP."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        return socket.socket(fileno=3)
     try:
+        if settings.host.startswith("/"):
+            return listen_at(settings.host)
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         return socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
-        where = f"{settings.host} port {settings.port}"
+        where = settings.host if settings.host.startswith("/") else f"{settings.host} port {settings.port}"
         raise SettingsError(f"{where}: {error.strerror}; choose others with --host and --port") from None
+
+
+def listen_at(path):
+    """A unix socket, in place of one that nobody listens on any more. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+            with contextlib.suppress(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(path)
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            os.unlink(path)
+        listener.bind(path)
+        os.chmod(path, 0o660)  # for the group of the proxy
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def url_of(listener):
+    address = listener.getsockname()
+    if isinstance(address, str):
+        return f"unix:{address}"
+    host, port = address[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def waitress_settings(settings):
@@ -2422,7 +2534,10 @@ def serve_command(settings, args):
             print(DEMO.format(url=url) if args.demo else "", end="", flush=True)
 
         set_logging_up()
-        args.serve(make_app(settings, sign_in), settings, announce)
+        app = make_app(settings, sign_in)
+        if settings.processes > 1:
+            sign_in.close()  # the children open connections of their own
+        args.serve(app, settings, announce)
 
 
 def set_logging_up():
@@ -2433,6 +2548,15 @@ def set_logging_up():
     log.addHandler(lines)
     log.propagate = False
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it has a line for every request that waits
+
+
+def __getattr__(name):
+    """`gunicorn server:app`: an app from the AUTH_ variables, made when it is first asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    set_logging_up()
+    globals()["app"] = make_app(Settings.load())
+    return globals()["app"]
 
 
 DEMO = """\
@@ -2446,6 +2570,8 @@ def demo_settings(settings, flags):
     """Everything in memory, and on loopback only: the whole world knows roy's password."""
     if "database" in flags or "keys" in flags:
         raise SettingsError("--demo keeps users and keys in memory; leave --database and --keys out")
+    if settings.processes > 1:
+        raise SettingsError("--demo keeps users in the memory of one process; leave --processes out")
     if not is_loopback(settings.host):
         raise SettingsError(f"--demo listens on loopback only, not on {settings.host}; leave --host and AUTH_HOST out")
     nowhere = os.path.join(os.devnull, "keys")
@@ -2572,7 +2698,7 @@ def doctor_command(settings, args):
     """Say what is wrong with this installation, and how to mend each; exit status 1 where anything is."""
     with contextlib.closing(Store.open(settings)) as store:
         demand_file(store)
-        problems = [*doctor_files(settings), *doctor_network(settings)]
+        problems = [*doctor_settings(settings), *doctor_files(settings), *doctor_network(settings)]
         try:
             problems += doctor_store(settings, store)
         except Unavailable as failure:
@@ -2604,6 +2730,14 @@ def doctor_files(settings):
 def doctor_network(settings):
     if not is_loopback(settings.host) and not settings.trusted_proxy:
         yield f"host {settings.host} is open without TLS; put a proxy in front, and name it in AUTH_TRUSTED_PROXY"
+
+
+def doctor_settings(settings):
+    if settings.pbkdf2_iterations < Settings.pbkdf2_iterations:
+        yield f"pbkdf2_iterations is {settings.pbkdf2_iterations}; fewer than the default are quickly guessed through"
+    for name in ("throttle_pair", "throttle_address", "throttle_name"):
+        if not getattr(settings, name):
+            yield f"{name} is 0: nothing slows guessing down; leave it out"
 
 
 def doctor_store(settings, store):

@@ -1481,7 +1481,7 @@ class SessionTest:
         self.add_user()
         mine, other = self.open_session(), self.open_session()
         for current in ["wrong", "", None, 5, "\ud800"]:
-            self.store.forget_failures(self.sign_in.keys.digest("alice"))
+            self.store.forget_failures(self.sign_in.keys.digest("alice", NOW))
             with self.subTest(current), self.assertRaisesRegex(server.BadRequest, "current_password"):
                 self.sign_in.change_password(self.identity(mine), current, "battery staple", NOW)
         for _ in range(4):
@@ -1489,7 +1489,7 @@ class SessionTest:
                 self.sign_in.change_password(self.identity(mine), "wrong", "battery staple", NOW)
         with self.assertRaises(server.TooManyRequests):
             self.sign_in.change_password(self.identity(mine), "correct horse", "battery staple", NOW)
-        self.store.forget_failures(self.sign_in.keys.digest("alice"))
+        self.store.forget_failures(self.sign_in.keys.digest("alice", NOW))
         for new in ["", None, 5]:
             with self.subTest(new), self.assertRaises(server.BadRequest):
                 self.sign_in.change_password(self.identity(mine), "correct horse", new, NOW)
@@ -1712,7 +1712,7 @@ class SessionTest:
                     self.sign_in.refresh(attempt, NOW)
             with self.assertRaises(server.InvalidCredentials):
                 self.sign_in.login("alice", value, NOW)
-            self.store.forget_failures(self.sign_in.keys.digest("alice"))
+            self.store.forget_failures(self.sign_in.keys.digest("alice", NOW))
         for secret in [tokens["refresh_token"], tokens["access_token"], api_token["access_token"]]:
             self.assertFalse([value for value in texts if secret in value or secret.rpartition(".")[2] in value])
 
@@ -1902,9 +1902,14 @@ class HashQueueTest(Case):
             pass
 
     def test_every_check_costs_as_much_as_the_costliest_hash_that_was_seen(self):
-        self.add_user("cheap")
+        self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=2000)
+        self.store.add_user("cheap", server.hash_password("correct horse", 1))
         self.store.add_user("costly", server.hash_password("correct horse", 5000))
-        for name, rounds in [("nobody", 1), ("cheap", 1), ("costly", 5000), ("cheap", 5000), ("nobody", 5000)]:
+        self.store.add_user("absurd", server.hash_password("correct horse", 100_000))
+        for name, rounds in [("nobody", 2000), ("cheap", 2000), ("costly", 5000), ("cheap", 5000), ("nobody", 5000)] + [
+            ("absurd", 100_000),
+            ("nobody", 8000),  # one absurd row does not slow everybody down without bounds
+        ]:
             with mock.patch("hashlib.pbkdf2_hmac", wraps=hashlib.pbkdf2_hmac) as hashing:
                 with self.assertRaises(server.InvalidCredentials):
                     self.sign_in.login(name, "wrong", NOW)
@@ -2128,7 +2133,8 @@ class RemotePluginTest(Case):
             try:
                 yield listener.getsockname()[1]
             finally:
-                running.trigger.pull_trigger(running.close)
+                with contextlib.suppress(OSError):
+                    running.trigger.pull_trigger(running.close)
                 running.asyncore.close_all(running._map)
                 thread.join(30)
                 running.task_dispatcher.shutdown()
@@ -2728,7 +2734,7 @@ class CommandLineTest(CommandLineCase):
             (["--demo", "user", "list"], 1, "goes with no other command", ""),
             (["--demo", "--database", "sqlite:///x.db"], 1, "leave --database", ""),
             (["--host", ""], 1, "host: name an address", ""),
-            (["--trusted-proxy", "proxy.local"], 1, "trusted_proxy: give the IP address", ""),
+            (["--trusted-proxy", "proxy.local"], 1, "trusted_proxy: give the one IP address", ""),
             (["user", "list", "--database", "sqlite:////tmp/no-such-file.db"], 1, "no such file here.*--database", ""),
             (["user", "remove", "\udcff"], 1, "no user", ""),
             (["--port", "many"], 1, "port: 'many' is not a whole number", ""),
@@ -2778,7 +2784,16 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual(self.run_main("--version"), (0, f"rest-auth {server.__version__}\n", ""))
 
 
-class ServiceTest(Case):
+class ServiceCase(Case):
+    def on_each_database(self):
+        yield f"sqlite:///{self.folder}/shared.db"
+        if mariadb:
+            name = mariadb.new_database()
+            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
+            yield mariadb.url(name)
+
+
+class ServiceTest(ServiceCase):
     """`python server.py` as a process, through real sockets."""
 
     def test_demo_serves_roy_and_leaves_nothing_behind(self):
@@ -2814,13 +2829,6 @@ class ServiceTest(Case):
             self.assertIn(b"server.py", listed.stdout)
         for secret in [SECRET, "hunter2", "correct horse", "wrong horse", token, token.rpartition(".")[2], "pbkdf2"]:
             self.assertNotIn(secret, listed.stdout.decode() + service.log + service.banner)
-
-    def on_each_database(self):
-        yield f"sqlite:///{self.folder}/shared.db"
-        if mariadb:
-            name = mariadb.new_database()
-            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
-            yield mariadb.url(name)
 
     def test_signed_out_at_one_process_is_signed_out_at_the_other(self):
         for database in self.on_each_database():
@@ -2968,13 +2976,15 @@ class DoctorTest(CommandLineCase):
         self.store.prepare()
 
     def doctor(self, *argv):
+        if "--pbkdf2-iterations" not in argv:
+            argv = [*argv, "--pbkdf2-iterations", "600000"]
         status, printed, errors = self.run_main("doctor", *argv)
         self.assertEqual(errors, "")
         self.assertEqual(status, 0 if printed.startswith("all is well") else 1)
         return printed.splitlines()
 
     def test_good_news_is_one_line(self):
-        self.add_user()
+        self.store.add_user("alice", server.hash_password("correct horse"))
         self.assertEqual(self.doctor(), [f"all is well with {self.database}"])
 
     def test_each_fault_is_named_with_its_remedy(self):
@@ -3005,6 +3015,12 @@ class DoctorTest(CommandLineCase):
                 self.assertRegex("\n".join(found), words)
         self.assertEqual(len(found), 9 + 2)  # and the hashes of users 3 and 4
 
+    def test_weak_settings(self):
+        found = self.doctor("--pbkdf2-iterations", "1", "--throttle-pair", "0", "--throttle-name", "0")
+        self.assertEqual([line.split()[0] for line in found], ["pbkdf2_iterations", "throttle_pair", "throttle_name"])
+        self.store.note_forwarder("192.0.2.9", int(time.time()))
+        self.assertEqual(self.doctor("--trusted-proxy", "192.0.2.9"), [f"all is well with {self.database}"])
+
     def test_missing_tables_and_no_database(self):
         self.raw_sql("DROP TABLE auth_session")
         self.assertRegex(self.doctor()[0], "no table auth_session; run: server.py init")
@@ -3026,6 +3042,111 @@ class MySQLDoctorTest(MySQLCase):
         self.assertTrue(self.store.is_private())
         with mock.patch("server.is_loopback", lambda host: False):
             self.assertTrue(self.store.is_private())  # this server offers TLS, so it is used
+
+
+class ProcessesTest(ServiceCase):
+    """Several processes, and what others start the service with."""
+
+    def children(self, service):
+        """The process ids of the service's children."""
+        path = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children")
+        return {int(pid) for pid in path.read_text().split()}
+
+    def test_each_of_several_processes_serves_and_sees_the_others_sign_outs(self):
+        for database in self.on_each_database():
+            self.settings = dataclasses.replace(self.settings, database=database)
+            self.sign_in = server.open_sign_in(self.settings)
+            self.addCleanup(self.sign_in.close)
+            self.add_user()
+            with self.subTest(database), Service(self.folder, "--processes", "2", AUTH_DATABASE=database) as service:
+                for _ in range(5):
+                    bearer = {"Authorization": f"Bearer {service.login('alice', 'correct horse')}"}
+                    self.assertEqual({service.request("GET", "/rest-auth", **bearer)[0] for _ in range(10)}, {200})
+                    self.assertEqual(service.request("POST", "/auth/logout", **bearer)[0], 204)
+                    self.assertEqual({service.request("GET", "/rest-auth", **bearer)[0] for _ in range(10)}, {401})
+
+    def test_a_killed_child_is_replaced_and_no_request_to_the_others_fails(self):
+        self.add_user()
+        with Service(self.folder, "--processes", "3", AUTH_DATABASE=self.database) as service:
+            bearer = {"Authorization": f"Bearer {service.login('alice', 'correct horse')}"}
+            before = wait_for(lambda: len(self.children(service)) == 3 and self.children(service))
+            for pid in list(before)[:2]:
+                os.kill(pid, signal.SIGKILL)
+                answers = [service.request("GET", "/rest-auth", **bearer)[0] for _ in range(20)]
+                self.assertEqual(set(answers), {200})
+                wait_for(lambda pid=pid: len(self.children(service) - {pid}) == 3)
+            self.assertEqual(len(before & self.children(service)), 1)
+        died = [json.loads(line) for line in service.log.splitlines() if "process_died" in line]
+        self.assertEqual([event["status"] for event in died], [signal.SIGKILL] * 2)
+
+    def test_signals_end_all_of_them_and_so_does_a_parent_that_is_killed(self):
+        self.store.prepare()
+        for number, status in [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -signal.SIGKILL)]:
+            with Service(self.folder, "--processes", "2", AUTH_DATABASE=self.database) as service, self.subTest(number):
+                children = wait_for(lambda service=service: len(self.children(service)) == 2 and self.children(service))
+                self.assertEqual(service.stop(number), status)
+                for pid in children:
+                    wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+    def get(self, address, path="/health"):
+        """The status of a request to a TCP or unix address."""
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        with socket.socket(family) as connection:
+            connection.settimeout(30)
+            connection.connect(address)
+            connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            return int(connection.recv(65536).split()[1])
+
+    def test_a_unix_socket_replaces_a_stale_one_and_not_a_live_one(self):
+        path = str(self.folder / "socket")
+        command = [sys.executable, HERE / "server.py", "--demo", "--host", path]
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            with subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=-3, text=True) as process:
+                self.assertIn(f"on unix:{path},", process.stdout.readline())
+                self.assertEqual(self.get(path), 200)
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o660)
+                second = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+                self.assertRegex(second.stderr, "Address already in use.*--host")
+                self.assertEqual(self.get(path), 200)
+                process.send_signal(number)
+
+    def test_a_socket_that_systemd_passes_on(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            script = f'exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
+            command = ["bash", "-c", script, "bash", sys.executable, HERE / "server.py", "--demo"]
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "pass_fds": [listener.fileno()]}
+            with subprocess.Popen(command, cwd=self.folder, text=True, **options) as process:
+                self.assertIn(f":{listener.getsockname()[1]},", process.stdout.readline())
+                self.assertEqual(self.get(listener.getsockname()), 200)
+                process.terminate()
+
+    def test_gunicorn(self):
+        packages = self.folder / "packages"
+        command = [sys.executable, "-m", "pip", "install", "-q", "--target", packages, "gunicorn"]
+        subprocess.run(command, check=True, capture_output=True)
+        self.add_user()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        environment |= {
+            "AUTH_DATABASE": self.database,
+            "AUTH_KEYS": f"{self.folder}/auth.keys",
+            "PYTHONPATH": f"{packages}:{HERE}",
+        }
+        port = free_port()
+        arguments = ["-w", "2", "-k", "gthread", "--threads", "4", "-b", f"127.0.0.1:{port}", "server:app"]
+        command = [sys.executable, "-m", "gunicorn", *arguments]
+        with subprocess.Popen(command, cwd=self.folder, env=environment, stdout=-3, stderr=-3) as process:
+
+            def answers():
+                with contextlib.suppress(OSError):
+                    return self.get(("127.0.0.1", port)) == 200
+
+            wait_for(answers)
+            self.assertEqual(self.get(("127.0.0.1", port), "/rest-auth"), 401)
+            process.terminate()
+
+    def test_only_the_app_is_made_on_demand(self):
+        with self.assertRaises(AttributeError):
+            getattr(server, "application")  # noqa: B009
 
 
 class AttackTest(Case):
@@ -3062,6 +3183,17 @@ class AttackTest(Case):
         yield self.request_line(post, host, form, "Content-Length : 5", body=login), {400}
         yield self.request_line(post, host, form, "Transfer-Encoding: chunked", body=b"zz\r\nusern\r\n0\r\n\r\n"), {400}
         yield self.request_line(post, host, form, "Transfer-Encoding: chunked", body=b"5\nusern\n0\n\n"), {400, 0}
+        for encoding in ["", ",", "chunked, chunked", "chunked,"]:
+            yield self.request_line(post, host, form, f"Transfer-Encoding: {encoding}", size, body=login), {400}
+        yield self.request_line(post, host, form, "Transfer_Encoding: chunked", size, body=login), {400}
+        yield self.request_line(post, host, "Host: b", form, size, body=login), {400}
+        yield self.request_line(post, form, size, body=login), {400}
+        yield self.request_line("GET /health HTTP/9.9", host), {400}
+        yield (
+            self.request_line(post, host, form, size, "X-Forwarded-For: \xff", body=b"username=roy&password=xxx"),
+            {401},
+        )
+        yield self.request_line("GET /.well-known/jwks.json HTTP/1.1", host, "If-None-Match: \xff"), {200}
         yield self.request_line(get, host, " folded: x"), {400, 401}
         yield self.request_line(get, host, "X: a\nY: b"), {400}
         yield b"GET /rest-auth HTTP/1.1\nHost: a\n\n", {400, 0}
@@ -3222,7 +3354,7 @@ class AttackTest(Case):
 
     def test_a_request_that_never_ends_is_cut_off(self):
         adjustments = waitress.adjustments.Adjustments()
-        for received in [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n"]:
+        for received in [b"GET / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"]:
             parser = server.StrictParser(adjustments)
             parser.received(received)
             self.assertFalse(parser.completed)
@@ -3239,6 +3371,15 @@ class AttackTest(Case):
         noted = [json.loads(line) for line in service.log.splitlines() if "untrusted" in line]
         self.assertEqual([line["address"] for line in noted], ["127.0.0.1"])
         with Service(self.folder, "--trusted-proxy", "127.0.0.1") as service:
+            form = urllib.parse.urlencode(locals_of("ann", "x"))
+            for network in ["::ffff:203.0.113.{}", "[2001:db8:{}::1]:443", "2001:db8:9{}::1"]:
+                for number in range(6):
+                    forged = {"X_Forwarded_For": network.format(number)}
+                    self.assertEqual(service.request("POST", "/auth", form, **FORM, **forged)[0], 401)
+            for number in range(7):
+                forged = {"X_Forwarded_For": f"[2001:db8:a:b::{number}]:44{number}"}
+                status = service.request("POST", "/auth", form, **FORM, **forged)[0]
+            self.assertEqual(status, 429)
             for number in range(6):
                 form, forged = urllib.parse.urlencode(locals_of("roy", "x")), f"203.0.113.{number}"
                 self.assertEqual(service.request("POST", "/auth", form, **FORM, X_Forwarded_For=forged)[0], 401)
