@@ -496,8 +496,9 @@ def cost_of(stored):
         return 0
     if hashed.method.startswith("scrypt"):
         return round(seconds_of(hashed.method) / seconds_of("pbkdf2:sha256") * TRIAL_ROUNDS)
-    name = "pbkdf2:" + re.split("[:_]", hashed.method)[1]
-    return round(hashed.rounds * seconds_of(name) / seconds_of("pbkdf2:sha256"))
+    if hashed.method in ("pbkdf2:sha256", "pbkdf2_sha256"):
+        return hashed.rounds
+    return round(hashed.rounds * seconds_of(hashed.method) / seconds_of("pbkdf2:sha256"))
 
 
 TRIAL_ROUNDS = 10_000
