@@ -1026,8 +1026,7 @@ class SQLiteStore(Store):
         try:
             self._watch = self._connect()
             self._watch.execute("SELECT name FROM sqlite_master").fetchall()
-            with open(f"{self._path}-shm", "rb") as file:
-                return mmap.mmap(file.fileno(), 48, access=mmap.ACCESS_READ)
+            return map_for_ever(f"{self._path}-shm")
         except (OSError, ValueError, sqlite3.Error):
             return b""
 
@@ -1056,6 +1055,24 @@ class SQLiteStore(Store):
 
     def advice(self, error):
         return f"{self.database}: {error}; the file and its folder must be writable, or name another database"
+
+
+MAPPED, MAPPING = {}, threading.Lock()  # {(device, inode): (descriptor, map)}
+
+
+def map_for_ever(path):
+    """Map the first 48 bytes of a file that SQLite has open, too, and never let go of it.
+
+    When a process closes any descriptor of a file it loses all its locks on it (POSIX), SQLite's among them: the next
+    process to come would take the index for abandoned, and cut it off under our feet.
+    """
+    status = os.stat(path)
+    key = status.st_dev, status.st_ino
+    with MAPPING:
+        if key not in MAPPED:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            MAPPED[key] = descriptor, mmap.mmap(descriptor, 48, access=mmap.ACCESS_READ)
+        return MAPPED[key][1]
 
 
 def write_ahead(connection, tries=100):
@@ -2415,9 +2432,12 @@ def supervise(work, count):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    signals = {signal.SIGINT, signal.SIGTERM}
     while children or not stopping:
         while not stopping and len(children) < count:
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the child is one that stop() knows
             children.add(start_child(work, alive, mine))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         began = time.monotonic()
         with contextlib.suppress(ChildProcessError):
             pid, status = os.wait()
@@ -2428,23 +2448,21 @@ def supervise(work, count):
 
 
 def start_child(work, alive, mine):
-    """Fork, and return the child's process id; no signal gets lost between the fork and its handlers."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    """Fork, and return the child's process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             os.close(mine)
             threading.Thread(target=end_with_parent, args=[alive], daemon=True).start()
-            for number in signals:
-                signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+            end_at_signals()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
             work()
+            status = 0
+        except SystemExit:
             status = 0
         finally:
             os._exit(status)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     return pid
 
 

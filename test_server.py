@@ -658,6 +658,22 @@ class SQLiteTest(Case):
             self.assertNotIn(self.store.version(NOW), seen)
             seen.add(self.store.version(NOW))
 
+    def test_looking_at_the_version_costs_sqlite_no_lock(self):
+        """Or the next process to open the database would cut the WAL index off, and this one would die of SIGBUS."""
+
+        def locks():
+            inode = (self.folder / "auth.db-shm").stat().st_ino
+            lines = Path("/proc/locks").read_text().splitlines()
+            return [line for line in lines if f" {os.getpid()} " in line and f":{inode} " in line]
+
+        self.add_user()
+        self.assertEqual(len(locks()), 1)
+        self.assertTrue(self.store.version(NOW))
+        self.assertEqual(len(locks()), 1)
+        with contextlib.closing(server.open_sign_in(self.settings)) as other:
+            self.assertTrue(other.store.version(NOW))
+        self.assertEqual(len(locks()), 1)
+
     def test_without_a_wal_index_each_request_reads(self):
         store = server.Store.open(Settings(database="sqlite://"))
         store.prepare()
@@ -3078,6 +3094,27 @@ class ProcessesTest(ServiceCase):
             self.assertEqual(len(before & self.children(service)), 1)
         died = [json.loads(line) for line in service.log.splitlines() if "process_died" in line]
         self.assertEqual([event["status"] for event in died], [signal.SIGKILL] * 2)
+
+    def test_others_may_open_the_database_while_it_serves(self):
+        self.add_user()
+        source = "import sqlite3, sys\nfor _ in range(300):\n c = sqlite3.connect(sys.argv[1])\n c.execute('SELECT COUNT(*) FROM user').fetchall()\n c.close()"
+        with Service(self.folder, "--processes", "2", AUTH_DATABASE=self.database) as service:
+            children = wait_for(lambda: len(self.children(service)) == 2 and self.children(service))
+            bearer = {"Authorization": f"Bearer {service.login('alice', 'correct horse')}"}
+            with subprocess.Popen([sys.executable, "-c", source, self.folder / "auth.db"]) as outsider:
+                while outsider.poll() is None:
+                    self.assertEqual(service.request("GET", "/rest-auth", **bearer)[0], 200)
+                    self.assertIsInstance(service.login("alice", "correct horse"), str)
+            self.assertEqual(outsider.returncode, 0)
+            self.assertEqual(self.children(service), children)
+        self.assertNotIn("process_died", service.log)
+
+    def test_a_signal_at_any_moment_of_the_start_ends_all(self):
+        self.store.prepare()
+        for number in range(8):
+            with Service(self.folder, "--processes", "4", AUTH_DATABASE=self.database) as service:
+                time.sleep(number / 1000)  # not for time to pass, but for a signal at another moment
+                self.assertEqual(service.stop(signal.SIGTERM), 0)
 
     def test_signals_end_all_of_them_and_so_does_a_parent_that_is_killed(self):
         self.store.prepare()
