@@ -1636,26 +1636,33 @@ def network_of(address):
 class HashQueue:
     """As many password hashes at once as there are cores, a queue behind them, and no more.
 
-    So sign-ins never hold more than SIZE threads, and a token's check waits for none of them.
+    `on_change` is told how many sign-ins are inside whenever that changes: a server that has a thread more for each
+    keeps the threads that check tokens out of it.
     """
 
     CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    SIZE = CORES + 64  # a few seconds' work; whoever comes after those would wait longer than clients do
+    SIZE = CORES + 64  # a few seconds' work; whoever came after those would wait longer than clients do
 
     def __init__(self, processes=1):
         self._cores = threading.Semaphore(max(1, self.CORES // processes))
-        self._places = threading.Semaphore(self.SIZE)
+        self._lock, self.inside, self.on_change = threading.Lock(), 0, lambda inside: None
 
     @contextlib.contextmanager
     def turn(self):
         """A block that hashes. Raises Unavailable at once where the queue is full."""
-        if not self._places.acquire(blocking=False):
-            raise Unavailable("Too many sign-ins at once; try again", retry_after=1)
+        self._enter(1)
         try:
             with self._cores:
                 yield
         finally:
-            self._places.release()
+            self._enter(-1)
+
+    def _enter(self, step):
+        with self._lock:
+            if self.inside + step > self.SIZE:
+                raise Unavailable("Too many sign-ins at once; try again", retry_after=1)
+            self.inside += step
+            self.on_change(self.inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1679,7 +1686,7 @@ class SignIn:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        self._hashing = HashQueue(settings.processes)
+        self.hashing = HashQueue(settings.processes)
         self._counting, self._trying = threading.Lock(), collections.Counter()
         self._rounds = settings.pbkdf2_iterations  # what each check costs: as much as the costliest hash seen so far
         self._forwarders = {}  # {address: when to say again that it is not trusted}
@@ -1865,7 +1872,7 @@ class SignIn:
         """
         name, network = self.keys.digest(username, now), network_of(address)
         self._demand_patience(name, network, now, username)
-        with self._hashing.turn(), self._counted(name, network, now, username) as pair:
+        with self.hashing.turn(), self._counted(name, network, now, username) as pair:
             try:
                 yield
             except InvalidCredentials:
@@ -2414,6 +2421,12 @@ def work(app, settings, listener):
     """Answer what comes to a listening socket until SIGINT or SIGTERM."""
     server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
     server.channel_class = StrictChannel
+    for plugin in app.plugins:
+        if isinstance(
+            plugin, JWTPlugin
+        ):  # many threads at all times would cost each request: waitress wakes them in turn
+            more = lambda inside: server.task_dispatcher.set_thread_count(settings.threads + inside)  # noqa: E731
+            plugin.sign_in.hashing.on_change = more
     end_at_signals()  # SystemExit ends waitress's loop
     server.run()
     server.close()
@@ -2515,7 +2528,7 @@ def waitress_settings(settings):
     """waitress's defaults suit an inner network; these suit an open one."""
     proxy = {"trusted_proxy_count": 1, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
     return {
-        "threads": settings.threads + HashQueue.SIZE,  # so that sign-ins cannot take those that check tokens
+        "threads": settings.threads,
         "connection_limit": connection_limit(),
         "asyncore_use_poll": True,  # select() ends the process at the 1,024th descriptor
         "channel_timeout": 30,  # seconds of silence after which a connection is closed

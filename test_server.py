@@ -1893,7 +1893,8 @@ class ThrottleTest:
 
 class HashQueueTest(Case):
     def test_only_so_many_hash_and_wait_and_the_rest_hear_so_at_once(self):
-        queue = server.HashQueue()
+        queue, told = server.HashQueue(), []
+        queue.on_change = told.append
         inside, release = [], threading.Event()
 
         def work():
@@ -1905,7 +1906,7 @@ class HashQueueTest(Case):
         try:
             for thread in threads:
                 thread.start()
-            wait_for(lambda: len(inside) == queue.CORES and queue._places._value == 0)
+            wait_for(lambda: len(inside) == queue.CORES and queue.inside == queue.SIZE)
             with self.assertRaises(server.Unavailable) as refused, queue.turn():
                 pass
             self.assertEqual(refused.exception.get_header("Retry-After"), "1")
@@ -1914,8 +1915,9 @@ class HashQueueTest(Case):
             for thread in threads:
                 thread.join(30)
         self.assertEqual(len(inside), queue.SIZE)
+        self.assertEqual((max(told), told[-1]), (queue.SIZE, 0))
         with queue.turn():
-            pass
+            self.assertEqual(told[-1], 1)
 
     def test_every_check_costs_as_much_as_the_costliest_hash_that_was_seen(self):
         self.settings = dataclasses.replace(self.settings, pbkdf2_iterations=2000)
