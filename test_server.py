@@ -316,10 +316,12 @@ class Service:
     def raw(self, data):
         """All that comes back for these bytes, up to the end of the connection."""
         with socket.create_connection(self.address, timeout=30) as connection:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
             received = b""
-            with contextlib.suppress(ConnectionResetError):  # what it had not read yet when it refused
+            with contextlib.suppress(OSError):  # it may refuse, and close, before it has read all
+                connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionResetError):
                 while data := connection.recv(65536):
                     received += data
             return received
