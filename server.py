@@ -1810,8 +1810,7 @@ class SignIn:
         """Change a password and end the sessions, save the one whose id is `keep`. Raises BadRequest, Conflict."""
         check_new_password(password, user.username)
         lock = LOCKED if user.is_locked else ""
-        if not self.store.set_password(user, lock + hash_password(password, self.settings.pbkdf2_iterations), keep):
-            raise Conflict(f"The password of {user.username!r} was changed by another just now; look, then try again")
+        self._replace(user, lock + hash_password(password, self.settings.pbkdf2_iterations), keep)
         event("password_changed", user=user.id, name=user.username)
 
     def change_password(self, identity, current, new, now, address=""):
@@ -1835,13 +1834,13 @@ class SignIn:
         """Keep a user out until unlocked: the hash is marked, the sessions end. Raises Conflict."""
         if user.is_locked:
             raise Conflict(f"The user {user.username!r} is locked already")
-        self._mark(user, LOCKED + (user.password_hash or ""))
+        self._replace(user, LOCKED + (user.password_hash or ""))
         event("user_locked", user=user.id, name=user.username)
 
     def unlock(self, user):
         """Let a user sign in again with the password from before, and forget the failures of the name."""
         if user.is_locked:
-            self._mark(user, user.password_hash[len(LOCKED) :])
+            self._replace(user, user.password_hash[len(LOCKED) :])
         self.store.forget_failures(self.keys.digest(user.username, time.time()))
         event("user_unlocked", user=user.id, name=user.username)
 
@@ -1998,8 +1997,8 @@ class SignIn:
             self.store.prune_sessions(now, PRUNE_AT_ONCE)
             self.store.prune_counts(now, PRUNE_AT_ONCE)
 
-    def _mark(self, user, password_hash):
-        if not self.store.set_password(user, password_hash):
+    def _replace(self, user, password_hash, keep=""):
+        if not self.store.set_password(user, password_hash, keep):
             raise Conflict(f"The password of {user.username!r} was changed by another just now; look, then try again")
 
 
