@@ -765,11 +765,8 @@ class Store:
         return found
 
     def _read_session(self, sid):
-        columns = "s." + SESSION.replace(", ", ", s.")
-        query = (
-            f"SELECT {columns}, u.id, u.username, u.password FROM auth_session s LEFT JOIN user u ON u.id = s.user_id"
-        )
-        rows = self._read(query + " WHERE s.id = ?", sid)
+        columns = "s." + SESSION.replace(", ", ", s.") + ", u.id, u.username, u.password"
+        rows = self._read_wide(columns, "FROM auth_session s LEFT JOIN user u ON u.id = s.user_id WHERE s.id = ?", sid)
         if not rows:
             return None, None
         *session, user_id, username, password_hash = rows[0]
@@ -908,6 +905,9 @@ class Store:
             rows = cursor.fetchall()
             self._idle.append(connection)
             return rows
+
+    def _read_wide(self, columns, rest, *values):
+        return self._read(f"SELECT {columns} {rest}", *values)
 
     def _first(self, sql, *values):
         """Run a first statement on an idle connection, or on a new one where the idle one is dead."""
@@ -1143,6 +1143,10 @@ class MySQLStore(Store):
         cursor = connection.cursor()
         cursor.execute(sql.replace("?", "%s"), values)
         return cursor
+
+    def _read_wide(self, columns, rest, *values):
+        """One JSON array in place of many columns: PyMySQL takes 10 µs over the description of each."""
+        return [json.loads(row) for (row,) in self._read(f"SELECT JSON_ARRAY({columns}) {rest}", *values)]
 
     def clock(self):
         return float(self._read("SELECT UNIX_TIMESTAMP(NOW(3))")[0][0])
@@ -2352,6 +2356,7 @@ def make_app(settings, sign_in=None):
 
 
 REQUEST_TIMEOUT = 30  # seconds that a request may take to arrive
+SMALL_ANSWER = 16 * 1024  # bytes that are sent in one piece: header and body apart would be a system call each
 
 
 class RequestTimeout(waitress.utilities.BadRequest):
@@ -2420,6 +2425,7 @@ def work(app, settings, listener):
     """Answer what comes to a listening socket until SIGINT or SIGTERM."""
     server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
     server.channel_class = StrictChannel
+    server.adj.send_bytes = SMALL_ANSWER
     for plugin in app.plugins:
         if isinstance(
             plugin, JWTPlugin

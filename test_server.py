@@ -541,6 +541,16 @@ class StoreTest:
                 self.add_user(name)
                 self.assertEqual(self.store.find_user(name).username, name)
 
+    def test_a_session_and_its_user_are_read_as_they_were_stored(self):
+        for name in ["O'Brien", 'a"b\\c', "日本語😀", "tab\tline\nnul\0", "x" * 255, ""]:
+            with self.subTest(name):
+                username = name.replace("\0", "") or "nobody"
+                user_id = self.store.add_user(username, f"hash of {username[:9]}")
+                session = self.sign_in._new_session(user_id, name, "2001:db8::1", NOW)
+                session = dataclasses.replace(session, expires=2**53 - 1)
+                self.assertTrue(self.store.add_session(session, f"hash of {username[:9]}"))
+                self.assertEqual(self.store.get_session(session.id, NOW), (session, self.store.get_user(user_id)))
+
     def test_a_taken_name_is_a_conflict_and_changes_nothing(self):
         self.add_user("alice")
         before = self.store.list_users()
