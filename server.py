@@ -1146,7 +1146,7 @@ class MySQLStore(Store):
 
     def _read_wide(self, columns, rest, *values):
         """One JSON array in place of many columns: PyMySQL takes 10 µs over the description of each."""
-        return [json.loads(row) for (row,) in self._read(f"SELECT JSON_ARRAY({columns}) {rest}", *values)]
+        return [json.loads(row) for (row,) in self._read(f"SELECT JSON_ARRAY({columns}) AS j {rest}", *values)]
 
     def clock(self):
         return float(self._read("SELECT UNIX_TIMESTAMP(NOW(3))")[0][0])
