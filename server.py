@@ -126,6 +126,8 @@ class Settings:
     session_cache: int = setting(
         0, "seconds for which MySQL is not asked again about a session; SQLite needs none", (0, 60)
     )
+    connect_timeout: int = setting(5, "seconds to wait for a connection to MySQL", (1, 300))
+    read_timeout: int = setting(10, "seconds to wait for an answer of MySQL", (1, 300))
     leeway: int = setting(10, "seconds that the clocks of two hosts may differ", (0, 300))
     pbkdf2_iterations: int = setting(600_000, "cost of a password hash; OWASP's floor", (1, 9_999_999))
     throttle_pair: int = setting(
@@ -134,6 +136,7 @@ class Settings:
     throttle_address: int = setting(50, "failed sign-ins from one address in 10 minutes; 0 is off", (0, LOTS))
     throttle_name: int = setting(100, "failed sign-ins by one name in an hour, from new addresses; 0 is off", (0, LOTS))
     processes: int = setting(1, "processes that serve, one for each core at the most", (1, 64))
+    stop_timeout: int = setting(20, "seconds that running requests have to finish after SIGTERM", (0, 3600))
     threads: int = setting(16, "requests worked on at once, beside sign-ins", (1, 256))
     trusted_proxy: str = setting("", "address of the proxy whose X-Forwarded-For and -Proto are believed")
     realm: str = setting("Login Required", "realm named in a 401")
@@ -233,8 +236,7 @@ class Database:
 
 SQLITE_FORM = "sqlite:///FILE, with a fourth slash for an absolute path, or sqlite:// for memory"
 MYSQL_FORM = "mysql://USER:PASSWORD@HOST:PORT/NAME, with % : @ / ? # in a password as %25 %3A %40 %2F %3F %23"
-SECONDS = "connect_timeout", "read_timeout", "write_timeout"
-MYSQL_OPTIONS = ("unix_socket", "ssl_ca", "ssl_cert", "ssl_key", "ssl_verify_identity", *SECONDS)
+MYSQL_OPTIONS = ("unix_socket", "ssl_ca", "ssl_cert", "ssl_key", "ssl_verify_identity")
 
 
 def parse_database(url):
@@ -274,12 +276,8 @@ def parse_options(pairs):
     options = dict(pairs)
     if not set(options) <= set(MYSQL_OPTIONS):
         raise SettingsError(f"an option after ? is none of {', '.join(MYSQL_OPTIONS)}; or {MYSQL_FORM}")
-    for name in SECONDS:
-        if name in options and not re.fullmatch("[1-9][0-9]{0,4}", options[name]):
-            raise SettingsError(f"{name} is a whole number of seconds from 1 on")
     if options.get("ssl_verify_identity", "true") not in ("true", "false"):
         raise SettingsError("ssl_verify_identity is true or false")
-    options |= {name: int(options[name]) for name in SECONDS if name in options}
     if "ssl_ca" in options:  # an authority that is named is meant to be checked, and the host's name with it
         options["ssl_verify_identity"] = options.get("ssl_verify_identity", "true") == "true"
         options["ssl_verify_cert"] = True
@@ -585,8 +583,12 @@ class Count:
 SESSION = ", ".join(field.name for field in dataclasses.fields(Session))
 
 
-def again_after_deadlock(method):
-    """Call a method of Store again, up to ten times, when the database has undone it because it met another (1213)."""
+def again(method):
+    """Call a method of Store again, up to ten times, where the failure of its transaction is one that passes.
+
+    The database has undone it because it met another, the connection died, or the host failed and there is another.
+    A commit whose answer was lost may have been done all the same, so each method finds out what it did before.
+    """
 
     @functools.wraps(method)
     def wrapper(self, *args, **values):
@@ -594,7 +596,7 @@ def again_after_deadlock(method):
             try:
                 return method(self, *args, **values)
             except Unavailable as failure:
-                if not self._is_deadlock(failure.__cause__):
+                if not self._is_passing(failure.__cause__):
                     raise
         return method(self, *args, **values)
 
@@ -604,8 +606,7 @@ def again_after_deadlock(method):
 class Store:
     """Users and sessions. Every function raises Unavailable when the database fails.
 
-    A connection serves one thread at a time and none is carried over a fork. One that has died is replaced where
-    nothing was done on it yet: at the first statement of a read or of a transaction.
+    A connection serves one thread at a time and none is carried over a fork. What fails in passing is tried again.
     """
 
     driver = None  # the DB-API module
@@ -618,6 +619,7 @@ class Store:
         self.database = database
         self._remembered = None, {}  # (version, what get_session has read since: {session id: (Session, User)})
         self._idle = []  # open connections, the last used on top
+        self._failing = set()  # of "read" and "write", what has failed last
         self._pid = os.getpid()
         self._alone = contextlib.nullcontext()
 
@@ -625,7 +627,7 @@ class Store:
     def open(settings):
         """The store that settings.database names; nothing is connected yet. Raises SettingsError."""
         database = parse_database(settings.database)
-        return SQLiteStore(database) if database.kind == "sqlite" else MySQLStore(database, settings.session_cache)
+        return SQLiteStore(database) if database.kind == "sqlite" else MySQLStore(database, settings)
 
     def prepare(self):
         """Make missing tables. Raises SettingsError where that fails, with the command that does it by hand."""
@@ -643,8 +645,7 @@ class Store:
     def close(self):
         """Close the connections that no thread is using."""
         self._leave_parents()
-        while self._idle:
-            self._idle.pop().close()
+        self._close_idle()
 
     def missing_tables(self):
         return sorted({"user", "auth_session", "auth_throttle"} - {name for (name,) in self._read(self.list_tables)})
@@ -681,21 +682,24 @@ class Store:
     def list_users(self):
         return [User(*row) for row in self._read("SELECT id, username, password FROM user ORDER BY id")]
 
-    @again_after_deadlock
+    @again
     def add_user(self, username, password_hash):
         """Add a user and return the id. Raises Conflict where the name is taken, BadRequest where it does not fit."""
         with self.transaction() as run:
-            if self._exactly(username, run(self._by_name + self.lock, username).fetchall()):
+            there = self._exactly(username, run(self._by_name + self.lock, username).fetchall())
+            if there and there.password_hash == password_hash:  # salts are random: a first try, whose answer was lost
+                return there.id
+            if there:
                 raise Conflict(f"There is a user {username!r} already")
             return run("INSERT INTO user (username, password) VALUES (?, ?)", username, password_hash).lastrowid
 
-    @again_after_deadlock
+    @again
     def replace_hash(self, user, password_hash):
         """Replace a user's hash, unless it was replaced since `user` was read: a newer password is never undone."""
         with self.transaction() as run:
             return self._replace_hash(run, user, password_hash)
 
-    @again_after_deadlock
+    @again
     def set_password(self, user, password_hash, keep=""):
         """Replace a user's hash as replace_hash does, and end the user's sessions save the one whose id is `keep`."""
         with self.transaction() as run:
@@ -704,7 +708,7 @@ class Store:
                 self._end_sessions(run, user.id, keep)
             return replaced
 
-    @again_after_deadlock
+    @again
     def remove_user(self, user_id):
         """Delete a user and the user's sessions; True where there was one."""
         with self.transaction() as run:
@@ -714,7 +718,10 @@ class Store:
 
     def _replace_hash(self, run, user, password_hash):
         change = "UPDATE user SET password = ? WHERE id = ? AND COALESCE(password, '') = ?"
-        return run(change, password_hash, user.id, user.password_hash or "").rowcount == 1
+        if run(change, password_hash, user.id, user.password_hash or "").rowcount == 1:
+            return True
+        done = "SELECT id FROM user WHERE id = ? AND password = ?"  # by a first try, whose answer was lost
+        return run(done, user.id, password_hash).fetchone() is not None
 
     _by_name = "SELECT id, username, password FROM user WHERE username = ?"
 
@@ -736,14 +743,17 @@ class Store:
         """Store the session of an API token; False where the session that makes it has ended."""
         return self._add_session(session, "auth_session WHERE id = ? AND user_id = ?", maker.id, session.user_id)
 
-    @again_after_deadlock
+    @again
     def _add_session(self, session, witness, *values):
         """Insert where the witness stands: in one statement, for no sign-out may fall between a check and an insert."""
         columns = dataclasses.astuple(session)
         marks = ", ".join("?" * len(columns))
-        with self.transaction() as run:
-            insert = f"INSERT INTO auth_session ({SESSION}) SELECT {marks} FROM {witness}"
-            return run(insert, *columns, *values).rowcount == 1
+        try:
+            with self.transaction() as run:
+                insert = f"INSERT INTO auth_session ({SESSION}) SELECT {marks} FROM {witness}"
+                return run(insert, *columns, *values).rowcount == 1
+        except Conflict:  # ids are random: the row is our own, of a first try whose answer was lost
+            return self._read_session(session.id)[0] == session
 
     def get_session(self, sid, now):
         """(Session, its User), each None where there is none; in one query.
@@ -782,12 +792,12 @@ class Store:
         query = "SELECT user_id, COUNT(*) FROM auth_session WHERE expires > ? GROUP BY user_id"
         return dict(self._read(query, int(now)))
 
-    @again_after_deadlock
+    @again
     def touch_session(self, session, now):
         with self.transaction() as run:
             run("UPDATE auth_session SET last_used = ? WHERE id = ? AND last_used < ?", now, session.id, now)
 
-    @again_after_deadlock
+    @again
     def advance_session(self, session):
         """Store the next generation of a session; False where another request has done it, or the session has ended."""
         with self.transaction() as run:
@@ -796,13 +806,13 @@ class Store:
             where = " WHERE id = ? AND generation = ?"
             return run(change + where, *values, session.id, session.generation - 1).rowcount == 1
 
-    @again_after_deadlock
+    @again
     def end_session(self, user_id, sid):
         """Delete one session of a user; True where there was one."""
         with self.transaction() as run:
             return run("DELETE FROM auth_session WHERE id = ? AND user_id = ?", sid, user_id).rowcount == 1
 
-    @again_after_deadlock
+    @again
     def end_sessions(self, user_id, keep=""):
         """Delete a user's sessions save the one whose id is `keep`; return how many."""
         with self.transaction() as run:
@@ -811,7 +821,7 @@ class Store:
     def _end_sessions(self, run, user_id, keep=""):
         return run("DELETE FROM auth_session WHERE user_id = ? AND id <> ?", user_id, keep).rowcount
 
-    @again_after_deadlock
+    @again
     def prune_sessions(self, now, most):
         """Delete at most `most` expired sessions."""
         rows = self._read(f"SELECT id FROM auth_session WHERE expires <= ? ORDER BY expires LIMIT {most:d}", int(now))
@@ -831,7 +841,7 @@ class Store:
         found = {row[:2]: Count(*row[2:]) for row in self._read(query, *(part for key in keys for part in key))}
         return [found.get(key, Count()) for key in keys]
 
-    @again_after_deadlock
+    @again
     def count_failure(self, name, address, now, memories):
         """Add a failure to each of the three; one whose last (or first) is longer ago than its memory starts anew."""
         keys = (name, address), ("", address), (name, "")
@@ -849,7 +859,7 @@ class Store:
                     run(f"{self.insert_new} INTO auth_throttle VALUES (?, ?, 0, ?, ?, 0, ?)", *new)
                     run(change, *values)
 
-    @again_after_deadlock
+    @again
     def count_sign_in(self, name, address, now, memory):
         """Note a good sign-in, which forgets the failures of this name from this address."""
         with self.transaction() as run:
@@ -857,13 +867,13 @@ class Store:
             change = "UPDATE auth_throttle SET failures = 0, signed_in = ?, expires = ? WHERE name = ? AND address = ?"
             run(change, now, now + memory, name, address)
 
-    @again_after_deadlock
+    @again
     def forget_failures(self, name):
         """Forget the failures of a name, from everywhere."""
         with self.transaction() as run:
             run("UPDATE auth_throttle SET failures = 0 WHERE name = ?", name)
 
-    @again_after_deadlock
+    @again
     def note_forwarder(self, address, now):
         """Keep for a day that X-Forwarded-For came from an address that is no trusted proxy."""
         with self.transaction() as run:
@@ -875,7 +885,7 @@ class Store:
         query = "SELECT address FROM auth_throttle WHERE name = 'x-forwarded-for' AND expires > ?"
         return [address for (address,) in self._read(query, int(now))]
 
-    @again_after_deadlock
+    @again
     def prune_counts(self, now, most):
         """Delete at most `most` expired counts."""
         query = f"SELECT name, address FROM auth_throttle WHERE expires <= ? ORDER BY expires LIMIT {most:d}"
@@ -889,18 +899,19 @@ class Store:
     @contextlib.contextmanager
     def transaction(self):
         """`with store.transaction() as run: run(sql, *values)`: commit, or roll back and re-raise."""
-        with self._refusals(), self._alone:
+        with self._refusals("write"), self._alone:
             connection, _ = self._first(self.begin)
             try:
                 yield partial(self._run, connection)
                 connection.commit()
-            except BaseException:
-                self._roll_back(connection)
+            except BaseException as error:
+                self._roll_back(connection, error)
                 raise
             self._idle.append(connection)
 
+    @again
     def _read(self, sql, *values):
-        with self._refusals(), self._alone:
+        with self._refusals("read"), self._alone:
             connection, cursor = self._first(sql, *values)
             rows = cursor.fetchall()
             self._idle.append(connection)
@@ -916,10 +927,15 @@ class Store:
             try:
                 return connection, self._run(connection, sql, *values)
             except BaseException as error:
-                connection.close()
+                self._drop(connection, error)
                 if is_new or not self._is_dead(error):
                     raise
-                self.close()  # what killed one has most likely killed all
+                self._close_idle()  # what killed one has most likely killed all
+
+    def _close_idle(self):
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                self._idle.pop().close()
 
     def _leave_parents(self):
         """After a fork, leave the parent's connections as they are, open and unused, or the parent would lose them."""
@@ -934,16 +950,22 @@ class Store:
         except IndexError:
             return self._connect(), True
 
-    def _roll_back(self, connection):
+    def _roll_back(self, connection, error):
         try:
             connection.rollback()
-            self._idle.append(connection)
         except self.driver.Error:
-            connection.close()
+            self._drop(connection, error)
+        else:
+            self._idle.append(connection)
+            self._learn(connection, error)
+
+    def _drop(self, connection, error):
+        connection.close()
+        self._learn(connection, error)
 
     @contextlib.contextmanager
-    def _refusals(self):
-        """Turn the driver's exceptions into ours."""
+    def _refusals(self, what):
+        """Turn the driver's exceptions into ours. A line in the log for each change, not for each request."""
         try:
             yield
         except self.driver.IntegrityError as error:
@@ -951,14 +973,23 @@ class Store:
         except self.driver.Error as error:
             if self._is_misfit(error):
                 raise BadRequest("The table's columns are too short, or cannot write these characters") from error
-            if not self._is_deadlock(error):
-                event("database_error", logging.ERROR, error=str(error))
+            if not self._is_passing(error) and what not in self._failing:
+                self._failing.add(what)
+                event("database_error", logging.ERROR, what=what, error=str(error))
             raise Unavailable() from error
+        if what in self._failing:
+            self._failing.discard(what)
+            event("database_back", what=what)
+
+    def _learn(self, connection, error):
+        """What a failure tells of a connection's host or file."""
 
     def _is_dead(self, error):
+        """Did the connection end before the statement did anything?"""
         return False
 
-    def _is_deadlock(self, error):
+    def _is_passing(self, error):
+        """Is the same worth another try at once?"""
         return False
 
     def _is_misfit(self, error):
@@ -1002,11 +1033,14 @@ class SQLiteStore(Store):
 
     def close(self):
         super().close()
-        if self._watch:
-            self._watch.close()
-            self._wal_index = self._watch = None
         if not self.database.name:
             self._anchor.close()
+
+    def _close_idle(self):
+        super()._close_idle()
+        watch, self._wal_index, self._watch = self._watch, None, None
+        if watch:
+            watch.close()
 
     def version(self, now):
         """The WAL-index header, which each commit by anybody on this host changes (sqlite.org/walformat.html, 2.1).
@@ -1014,9 +1048,10 @@ class SQLiteStore(Store):
         To look at it costs a thousandth of a SELECT in a process of many threads, which fight for the interpreter.
         """
         self._leave_parents()
-        if self._wal_index is None:
-            self._wal_index = self._map_wal_index()
-        return self._wal_index[:48] or None
+        index = self._wal_index
+        if index is None:
+            index = self._wal_index = self._map_wal_index()
+        return index[:48] or None
 
     def _map_wal_index(self):
         """The file's bytes as they are at each look; b"" where there are none: in memory, or without WAL mode.
@@ -1049,12 +1084,16 @@ class SQLiteStore(Store):
             raise
         return connection
 
+    def _learn(self, connection, error):
+        if "readonly" in str(error):  # a file that is writable again is so once all have closed it
+            self._close_idle()
+
     def _run(self, connection, sql, *values):
         # AUTOINCREMENT, which MySQL spells otherwise: a token of a removed user must not fit the next one
         return connection.execute(sql.replace("/*! AUTO_INCREMENT */", "AUTOINCREMENT"), values)
 
     def advice(self, error):
-        return f"{self.database}: {error}; the file and its folder must be writable, or name another database"
+        return f"{self.database}: {error}; file and folder must be writable, with room on the disk; or name another"
 
 
 MAPPED, MAPPING = {}, threading.Lock()  # {(device, inode): (descriptor, map)}
@@ -1069,6 +1108,9 @@ def map_for_ever(path):
     status = os.stat(path)
     key = status.st_dev, status.st_ino
     with MAPPING:
+        for old, (descriptor, _) in [*MAPPED.items()]:
+            if not os.fstat(descriptor).st_nlink:  # SQLite has removed it, so nobody has locks on it
+                os.close(MAPPED.pop(old)[0])
         if key not in MAPPED:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             MAPPED[key] = descriptor, mmap.mmap(descriptor, 48, access=mmap.ACCESS_READ)
@@ -1089,6 +1131,28 @@ def write_ahead(connection, tries=100):
     raise failure
 
 
+LOST = {2006, 2013, 1053, 1317, 1927, 4031}  # the connection ended: KILL, wait_timeout, a server that was restarted
+GONE = {2003, 1047}  # the host does not answer, or is a node of a cluster that has lost the others
+REFUSING = {1205, 1290, 1836}  # it cannot do this: waited too long for the cluster or a lock, or is read-only
+LOOK_AGAIN = 1  # seconds between two looks for a host that has failed
+
+
+def number_of(error):
+    return error.args[0] if error.args else None
+
+
+def is_timeout(error):
+    return isinstance(error.__context__, TimeoutError)
+
+
+def host_of(connection):
+    return connection.host, connection.port
+
+
+def place_of(host):
+    return f"{host[0]}:{host[1]}"
+
+
 class MySQLStore(Store):
     """MySQL or MariaDB through PyMySQL. Error numbers are the servers' own."""
 
@@ -1098,9 +1162,18 @@ class MySQLStore(Store):
     list_tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
     insert_new = "INSERT IGNORE"
 
-    def __init__(self, database, session_cache=0):
+    def __init__(self, database, settings):
         super().__init__(database)
-        self._session_cache, self._writes = session_cache, 0
+        self._session_cache, self._writes = settings.session_cache, 0
+        self._timeouts = {"connect_timeout": settings.connect_timeout}
+        self._timeouts |= {"read_timeout": settings.read_timeout, "write_timeout": settings.read_timeout}
+        self._down, self._marking = {}, threading.Lock()  # {(host, port) that has failed: its error}
+        self._closing = threading.Event()
+
+    def close(self):
+        super().close()
+        self._closing.set()
+        self._down, self._closing = {}, threading.Event()
 
     def version(self, now):
         """Nobody tells of others' commits; session_cache is how long they may stay unseen. Our own are seen at once."""
@@ -1114,19 +1187,44 @@ class MySQLStore(Store):
         finally:  # after the commit, and before the answer
             self._writes += 1
 
+    def _leave_parents(self):
+        if self._pid != os.getpid():
+            self._down, self._closing = {}, threading.Event()
+        super()._leave_parents()
+
+    def _take(self):
+        """A connection to the first host that is up: as soon as that is another, connections move over."""
+        self._leave_parents()
+        best = self._best_host()
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                connection = self._idle.pop()
+                if host_of(connection) == best:
+                    return connection, False
+                connection.close()
+        return self._connect(), True
+
+    def _best_host(self):
+        return next((host for host in self.database.hosts if host not in self._down), None)
+
     def _connect(self):
-        for host, port in self.database.hosts:
+        failure = None
+        for host in self.database.hosts:
+            if host in self._down:
+                failure = failure or pymysql.OperationalError(*self._down[host].args)
+                continue
             try:
-                return self._connect_to(host, port)
+                return self._connect_to(*host)
             except (RuntimeError, OSError) as error:  # `cryptography` or a certificate's file is missing
                 raise pymysql.OperationalError(0, str(error)) from None
-            except pymysql.OperationalError as error:
+            except pymysql.Error as error:
                 failure = error
+                if self._is_dead(error) or error.args[0] in GONE:
+                    self._leave_host(host, error)
         raise failure
 
     def _connect_to(self, host, port):
-        options = {"connect_timeout": 5, "read_timeout": 10, "write_timeout": 10} | self.database.options  # seconds
-        return pymysql.connect(
+        connection = pymysql.connect(
             host=host,
             port=port,
             user=self.database.user,
@@ -1134,10 +1232,54 @@ class MySQLStore(Store):
             database=self.database.name,
             charset="utf8mb4",
             autocommit=True,  # else a read would see the world as of this connection's first read
-            sql_mode="STRICT_ALL_TABLES",  # else a value that is too long is cut without a word
             init_command="SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ",  # else INSERT … SELECT locks no row
-            **options,
+            **self._timeouts,
+            **self.database.options,
         )
+        try:
+            self._set_up(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _set_up(self, connection):
+        # Strict, or a value that is too long is cut without a word. Whoever waits for a lock gives up before we think
+        # that the host is gone.
+        patience = max(1, self._timeouts["read_timeout"] // 2)
+        self._run(connection, f"SET sql_mode = 'STRICT_ALL_TABLES', innodb_lock_wait_timeout = {patience}")
+        try:  # a Galera node shall wait for what the others have acknowledged before
+            self._run(connection, "SET wsrep_sync_wait = 7")
+        except pymysql.OperationalError as error:
+            if number_of(error) != 1193:  # a server that knows no clusters
+                raise
+
+    def _learn(self, connection, error):
+        number = number_of(error)
+        others = any(host not in self._down for host in self.database.hosts if host != host_of(connection))
+        if number in GONE or is_timeout(error) or (number in REFUSING and others):
+            self._leave_host(host_of(connection), error)
+
+    def _leave_host(self, host, error):
+        """Leave a host alone until it answers again. A thread looks for that, so that no request waits for it."""
+        error.host = host
+        with self._marking:
+            if host in self._down:
+                return
+            self._down[host] = error
+        event("database_host_failed", logging.WARNING, host=place_of(host), error=str(error))
+        arguments = host, self._down, self._closing
+        threading.Thread(target=self._watch_host, args=arguments, daemon=True).start()
+
+    def _watch_host(self, host, down, closing):
+        while not closing.wait(LOOK_AGAIN):
+            with contextlib.suppress(pymysql.Error, RuntimeError, OSError):
+                with contextlib.closing(self._connect_to(*host)) as connection:
+                    [[read_only]] = self._run(connection, "SELECT @@read_only").fetchall()
+                if str(read_only) in ("0", "OFF") or self._best_host() is None:
+                    event("database_host_back", host=place_of(host))
+                    del down[host]
+                    return
 
     def _run(self, connection, sql, *values):
         cursor = connection.cursor()
@@ -1157,11 +1299,11 @@ class MySQLStore(Store):
         return bool(self._read("SHOW SESSION STATUS LIKE 'Ssl_cipher'")[0][1])
 
     def _is_dead(self, error):
-        lost = isinstance(error, pymysql.OperationalError) and error.args[0] in (2006, 2013)
-        return lost or isinstance(error, pymysql.InterfaceError)
+        return number_of(error) in LOST and not is_timeout(error) or isinstance(error, pymysql.InterfaceError)
 
-    def _is_deadlock(self, error):
-        return error.args[:1] == (1213,)
+    def _is_passing(self, error):
+        moved = getattr(error, "host", None) in self._down and self._best_host() is not None
+        return moved or self._is_dead(error) or number_of(error) == 1213
 
     def _is_misfit(self, error):
         incomparable = error.args[:1] in ((1267,), (3988,))  # a latin1 column and a name in another alphabet
@@ -2356,6 +2498,7 @@ def make_app(settings, sign_in=None):
 
 
 REQUEST_TIMEOUT = 30  # seconds that a request may take to arrive
+QUIET = 0.5  # seconds in which nobody who has connected sends anything
 SMALL_ANSWER = 16 * 1024  # bytes that are sent in one piece: header and body apart would be a system call each
 
 
@@ -2389,6 +2532,8 @@ class StrictParser(HTTPRequestParser):
             raise ParsingError("has a length that is not one")
         if self.version not in ("1.0", "1.1") or "," in self.headers.get("HOST", "," if self.version == "1.1" else ""):
             raise ParsingError("has no version or host that is one")
+        if getattr(self.adj, "is_stopping", False):
+            self.headers["CONNECTION"] = "close"
         if forwarded := self.headers.get("X_FORWARDED_FOR"):  # waitress takes the last colon of these for a port's
             plain = re.sub(r"\[([^\]]*)\](:\d+)?", r"\1", forwarded)
             self.headers["X_FORWARDED_FOR"] = re.sub(r"(?i)::ffff:(\d+(\.\d+){3})", r"\1", plain)
@@ -2407,77 +2552,122 @@ def refusal_of_waitress(error, ident=None):
 def serve(app, settings, announce):
     """Serve until SIGINT or SIGTERM; `announce` gets the URL as soon as the port is ours. Raises SettingsError."""
     waitress.utilities.Error.to_response = refusal_of_waitress  # the one place that all its refusals come through
-    end_at_signals()
-    with contextlib.suppress(SystemExit), listen(settings) as listener:
+    with Stop() as stop, listen(settings) as listener:
         announce(url_of(listener))
+        serving = partial(work, app, settings, stop, listener)
         if settings.processes == 1:
-            work(app, settings, listener)
+            serving()
         else:
-            supervise(partial(work, app, settings, listener), settings.processes)
+            supervise(serving, settings.processes, stop, [listener])
 
 
-def end_at_signals():
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit())
+class Stop:
+    """`is_set` from the first SIGINT or SIGTERM on, which then calls `hook`; a second one ends the process at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.is_set, self.hook = False, lambda: None
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._set) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _set(self, *_):
+        if self.is_set:
+            os._exit(1)
+        self.is_set = True
+        self.hook()
 
 
-def work(app, settings, listener):
-    """Answer what comes to a listening socket until SIGINT or SIGTERM."""
+def work(app, settings, stop, listener):
+    """Answer what comes to a listening socket until the stop, and finish what has come by then."""
     server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
     server.channel_class = StrictChannel
     server.adj.send_bytes = SMALL_ANSWER
-    for plugin in app.plugins:
-        if isinstance(
-            plugin, JWTPlugin
-        ):  # many threads at all times would cost each request: waitress wakes them in turn
-            more = lambda inside: server.task_dispatcher.set_thread_count(settings.threads + inside)  # noqa: E731
-            plugin.sign_in.hashing.on_change = more
-    end_at_signals()  # SystemExit ends waitress's loop
-    server.run()
-    server.close()
+    sign_in = next(plugin.sign_in for plugin in app.plugins if isinstance(plugin, JWTPlugin))
+
+    def note(inside):  # many threads at all times would cost each request: waitress wakes them in turn
+        server.task_dispatcher.set_thread_count(settings.threads + inside)
+
+    sign_in.hashing.on_change = note
+    stop.hook = server.pull_trigger
+    while not stop.is_set:
+        turn(server, 1)
+    finish(server, settings.stop_timeout)
+    server.task_dispatcher.shutdown(timeout=1)
+    waitress.wasyncore.close_all(server._map)
 
 
-def supervise(work, count):
-    """Keep so many child processes at `work`: one that dies is replaced; SIGINT and SIGTERM end all, and then this."""
-    children, stopping = set(), False
+def turn(server, seconds):
+    """One turn of waitress's loop: wait for what comes, and see to it."""
+    waitress.wasyncore.loop(timeout=seconds, use_poll=True, map=server._map, count=1)
+
+
+def finish(server, seconds):
+    """Answer those who have connected, with `Connection: close`, until nobody is left or the time is over.
+
+    Who has just connected may be about to send, so it has to be quiet for a moment.
+    """
+    server.adj.is_stopping = True
+    connected = None
+    while connected != len(server.active_channels):  # the system has taken them for us, and would turn them away
+        connected = len(server.active_channels)
+        server.handle_accept()
+    for listener in [each for each in server._map.values() if each.accepting]:
+        waitress.wasyncore.dispatcher.close(listener)
+    end = time.monotonic() + seconds
+    quiet_until = time.monotonic() + QUIET
+    while time.monotonic() < min(end, quiet_until):
+        turn(server, 0.1)
+        channels = [channel for channel in server.active_channels.values() if channel.connected]
+        if any(channel.requests or channel.request or channel.total_outbufs_len for channel in channels):
+            quiet_until = time.monotonic() + QUIET
+
+
+def supervise(work, count, stop, listeners):
+    """Keep so many child processes at `work`: one that dies is replaced; the stop ends all, and then this."""
+    children = {}  # {process id: its place, from 0 on}
     alive, mine = os.pipe()  # a child ends when this pipe does: even a parent that is killed leaves none behind
 
-    def stop(*_):
-        nonlocal stopping
-        stopping = True
+    def end_all():
+        for listener in listeners:
+            listener.close()
         for pid in children:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    signals = {signal.SIGINT, signal.SIGTERM}
-    while children or not stopping:
-        while not stopping and len(children) < count:
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the child is one that stop() knows
-            children.add(start_child(work, alive, mine))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    stop.hook = end_all
+    while children or not stop.is_set:
+        for place in set(range(count)) - set(children.values()):
+            signal.pthread_sigmask(signal.SIG_BLOCK, Stop.SIGNALS)  # until the child is one that end_all() knows
+            if not stop.is_set:
+                children[start_child(work, stop, place, alive, mine)] = place
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
         began = time.monotonic()
         with contextlib.suppress(ChildProcessError):
             pid, status = os.wait()
-            children.discard(pid)
-            if not stopping:
+            children.pop(pid, None)
+            if not stop.is_set:
                 event("process_died", logging.ERROR, pid=pid, status=status)
                 time.sleep(0 if time.monotonic() - began > 1 else 1)  # one that cannot start is not tried without pause
 
 
-def start_child(work, alive, mine):
+def start_child(work, stop, place, alive, mine):
     """Fork, and return the child's process id."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            stop.hook = lambda: None
             os.close(mine)
             threading.Thread(target=end_with_parent, args=[alive], daemon=True).start()
-            end_at_signals()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
             work()
-            status = 0
-        except SystemExit:
             status = 0
         finally:
             os._exit(status)
@@ -2496,11 +2686,16 @@ def listen(settings):
     try:
         if settings.host.startswith("/"):
             return listen_at(settings.host)
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
-        where = settings.host if settings.host.startswith("/") else f"{settings.host} port {settings.port}"
-        raise SettingsError(f"{where}: {error.strerror}; choose others with --host and --port") from None
+        raise SettingsError(f"{settings.host}: {error.strerror}; choose another with --host") from None
+    return listen_on(settings.host, settings.port, "choose others with --host and --port")
+
+
+def listen_on(host, port, advice):
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SettingsError(f"{host} port {port}: {error.strerror}; {advice}") from None
 
 
 def listen_at(path):

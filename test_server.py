@@ -83,7 +83,8 @@ def program(*names):
 class MariaDB:
     """A private MariaDB or MySQL: temporary folder, free port, unprivileged user, root without a password."""
 
-    def __init__(self):
+    def __init__(self, *options, first=()):
+        """`options` are the server's own, `first` those of its first start."""
         self.folder = tempfile.mkdtemp(prefix="rest-auth-test-")
         self.port = free_port()
         self.socket = f"{self.folder}/socket"
@@ -100,29 +101,38 @@ class MariaDB:
         make.insert(1, make.pop(make.index("--no-defaults")))  # where it has to stand
         subprocess.run(make, check=True, capture_output=True)
         authority = make_authority(self.folder)
-        command = [daemon, "--no-defaults", f"--datadir={data}", f"--socket={self.socket}", f"--port={self.port}"]
-        command += [
+        self.command = [daemon, "--no-defaults", f"--datadir={data}", f"--socket={self.socket}", f"--port={self.port}"]
+        self.command += [
             "--bind-address=127.0.0.1",
             "--innodb-flush-log-at-trx-commit=0",
             "--sql-mode=",
             "--transaction-isolation=READ-COMMITTED",
             *owner,
             *authority,
+            *options,
         ]
-        with open(f"{self.folder}/log", "wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
-        wait_for(self.is_up)
+        self.start(*first)
+
+    def start(self, *more):
+        with open(f"{self.folder}/log", "ab") as output:
+            self.process = subprocess.Popen([*self.command, *more], stdout=output, stderr=output)
+        wait_for(self.is_up, 60)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
 
     def is_up(self):
         if self.process.poll() is not None:
             raise AssertionError(Path(self.folder, "log").read_text(errors="replace"))
-        if not os.path.exists(self.socket):
-            return False
-        with contextlib.suppress(pymysql.Error):
+        with contextlib.suppress(OSError, pymysql.Error):
             self.connect().close()
             return True
+        return False
 
     def connect(self, database=None):
+        with socket.socket(socket.AF_UNIX) as probe:  # for PyMySQL leaves a socket open that it could not connect
+            probe.connect(self.socket)
         return pymysql.connect(unix_socket=self.socket, user="root", database=database, autocommit=True)
 
     def run(self, sql, *values, database=None):
@@ -269,11 +279,16 @@ def on_each_engine(case):
 class Service:
     """`python server.py` as a process of its own: `with Service(folder, *arguments, **environment) as service`."""
 
-    def __init__(self, folder, *arguments, **environment):
+    def __init__(self, folder, *arguments, listener=None, **environment):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
         self.errors = open(Path(folder) / "errors", "w+", encoding="utf-8")
+        command = [sys.executable, HERE / "server.py", "--port", "0", *arguments]
+        if listener:  # as systemd passes one on
+            script = f'exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
+            command = ["bash", "-c", script, "bash", *command]
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "server.py", "--port", "0", *arguments],
+            command,
+            pass_fds=[listener.fileno()] if listener else [],
             cwd=folder,
             env=inherited | {"AUTH_PBKDF2_ITERATIONS": "1"} | environment,
             stdout=subprocess.PIPE,
@@ -382,7 +397,7 @@ class SettingsTest(unittest.TestCase):
             ("mysql://roy@db/users", ("mysql", "users", "roy", "", (("db", 3306),), {})),
             ("mysql://r%40y:p%2F%3A@[::1]:1,b/u", ("mysql", "u", "r@y", "p/:", (("::1", 1), ("b", 3306)), {})),
             ("mysql://r@/u?unix_socket=/s", ("mysql", "u", "r", "", (("localhost", 3306),), {"unix_socket": "/s"})),
-            ("mysql://r@h/u?read_timeout=3", ("mysql", "u", "r", "", (("h", 3306),), {"read_timeout": 3})),
+            ("mysql://r@h/u?ssl_key=k", ("mysql", "u", "r", "", (("h", 3306),), {"ssl_key": "k"})),
         ]:
             with self.subTest(url):
                 self.assertEqual(dataclasses.astuple(server.parse_database(url)), expected)
@@ -404,7 +419,6 @@ class SettingsTest(unittest.TestCase):
             "mysql://roy:a@b/c?hunter2@host/db",
             "sqlite:///",
             "sqlite:///a%00b",
-            "mysql://roy:hunter2@db/users?read_timeout=0",
             "mysql://roy:hunter2@db/users?ssl_verify_identity=hunter2",
         ]:
             with self.subTest(url), self.assertRaises(SettingsError) as caught:
@@ -1153,6 +1167,13 @@ class RotationTest(Case):
             server.retire_key(self.path, old)
             with self.assertRaisesRegex(server.InvalidToken, "Signature verification failed"):
                 self.keys.verify(token, NOW + 2)
+
+    def test_the_memory_of_tokens_is_bounded_under_a_million(self):
+        with mock.patch.object(self.keys, "_decode", lambda token: self.claims):
+            for number in range(1_000_000):
+                self.keys.verify(str(number), NOW + 1)
+                if number % 1000 == 0:
+                    self.assertLessEqual(len(self.keys._verified), server.REMEMBERED)
 
     def test_a_file_that_could_not_be_read_is_tried_again(self):
         self.rotate()
@@ -3162,14 +3183,12 @@ class ProcessesTest(ServiceCase):
                 process.send_signal(number)
 
     def test_a_socket_that_systemd_passes_on(self):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            script = f'exec 3<&{listener.fileno()}; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
-            command = ["bash", "-c", script, "bash", sys.executable, HERE / "server.py", "--demo"]
-            options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "pass_fds": [listener.fileno()]}
-            with subprocess.Popen(command, cwd=self.folder, text=True, **options) as process:
-                self.assertIn(f":{listener.getsockname()[1]},", process.stdout.readline())
-                self.assertEqual(self.get(listener.getsockname()), 200)
-                process.terminate()
+        with (
+            socket.create_server(("127.0.0.1", 0)) as listener,
+            Service(self.folder, "--demo", listener=listener) as service,
+        ):
+            self.assertEqual(service.address, listener.getsockname())
+            self.assertEqual(self.get(listener.getsockname()), 200)
 
     def test_gunicorn(self):
         packages = self.folder / "packages"
@@ -3523,6 +3542,675 @@ def fuzz(case, count, seed=1):
     case.assertEqual(errors.getvalue(), "")
 
 
+# --- Failures ---
+
+
+class Load:
+    """Threads that do each of some steps again and again: `with Load(step, …) as load`; a step returns a status."""
+
+    def __init__(self, *steps):
+        self.answers, self._stopping = [], threading.Event()  # (when it began, when it ended, status)
+        self._threads = [threading.Thread(target=self._repeat, args=[step]) for step in steps]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _repeat(self, step):
+        while not self._stopping.is_set():
+            begin = time.monotonic()
+            try:
+                status = step()
+            except (OSError, http.client.HTTPException) as error:
+                status = type(error).__name__
+            self.answers.append((begin, time.monotonic(), status))
+
+    def statuses(self, since=0):
+        return {status for begin, _, status in self.answers.copy() if begin >= since}
+
+    def first(self, status, since):
+        """When the first answer of this status came to a request that began later than that."""
+        return wait_for(
+            lambda: next((end for begin, end, s in self.answers.copy() if begin >= since and s == status), 0)
+        )
+
+    def longest_pause(self):
+        """Seconds between two good answers."""
+        good = sorted(end for _, end, status in self.answers if status == 200)
+        return max(later - earlier for earlier, later in itertools.pairwise(good))
+
+
+class Client:
+    """Somebody who signs in to a service, and remembers what was acknowledged."""
+
+    def __init__(self, service, username, password="correct horse"):
+        self.service, self.username, self.password = service, username, password
+        self.access = self.refreshing = None
+
+    def post(self, path, **fields):
+        status, _, text = self.service.request("POST", path, urllib.parse.urlencode(fields), **FORM, **self.bearer())
+        if status == 200:
+            tokens = json.loads(text)
+            self.access, self.refreshing = tokens["access_token"], tokens["refresh_token"]
+        return status
+
+    def on(self, service):
+        """The same client, that turns to another service from now on."""
+        self.service = service
+        return self
+
+    def bearer(self):
+        return {"Authorization": f"Bearer {self.access}"} if self.access else {}
+
+    def sign_in(self):
+        self.access = None
+        return self.post("/auth", username=self.username, password=self.password)
+
+    def refresh(self):
+        return self.post("/auth/refresh", refresh_token=self.refreshing)
+
+    def check(self):
+        return self.service.request("GET", "/rest-auth", **self.bearer())[0]
+
+    def mixed(self):
+        """A round of all: the first status that is not good, or 200."""
+        for step in (self.sign_in, self.check, self.refresh, self.check):
+            status = step()
+            if status != 200:
+                return status
+        return 200
+
+
+class FailureCase(ServiceCase):
+    def own_mariadb(self, *options):
+        """A MariaDB that a test may kill, and the URL of a database in it for an account of its own."""
+        if mariadb is None:
+            self.skipTest("no MariaDB or MySQL here: apt install mariadb-server")
+        own = MariaDB("--innodb-flush-log-at-trx-commit=1", *options)
+        self.addCleanup(own.stop)
+        own.run("CREATE DATABASE auth")
+        own.run("CREATE USER service@localhost")
+        own.run("GRANT ALL ON auth.* TO service@localhost")
+        return own, own.url("auth", "service")
+
+    def use(self, database):
+        """Let sign_in and its users be those of this database."""
+        self.settings = dataclasses.replace(self.settings, database=database)
+        self.__dict__.pop("sign_in", None)
+        return {"AUTH_DATABASE": database, "AUTH_SECRET_KEY": SECRET}
+
+    def fail_or_skip(self, why):
+        """What CI has to have, others may go without."""
+        (self.fail if os.environ.get("CI") else self.skipTest)(why)
+
+    def connections(self, own):
+        return [row[0] for row in own.run("SELECT id FROM information_schema.processlist WHERE user = 'service'")]
+
+
+class MariaDBFailureTest(FailureCase):
+    def test_a_server_that_is_killed_and_comes_back(self):
+        own, url = self.own_mariadb()
+        environment = self.use(url)
+        self.add_user()
+        self.sign_in.close()
+        with Service(self.folder, **environment) as service:
+            clients = [Client(service, "alice") for _ in range(4)]
+            for client in clients:
+                self.assertEqual(client.sign_in(), 200)
+            steps = [client.check for client in clients[:2]] + [client.mixed for client in clients[2:]]
+            with Load(*steps) as load:
+                load.first(200, 0)
+                before = len(self.connections(own))
+                own.kill()
+                load.first(503, 0)
+                status, headers, text = service.request("GET", "/health")
+                self.assertEqual((status, headers["Retry-After"]), (503, "2"))
+                self.assertIn("database", json.loads(text)["description"])
+                self.assertEqual(service.request("GET", "/.well-known/jwks.json")[0], 200)
+                own.start()
+                back = time.monotonic()
+                self.assertLess(load.first(200, back) - back, 2)
+                since = time.monotonic()
+                for _ in range(20):
+                    load.first(200, time.monotonic())
+                self.assertEqual(load.statuses(since), {200})
+                self.assertLessEqual(len(self.connections(own)), before + len(steps))
+            self.assertEqual(load.statuses(), {200, 503})
+        wait_for(lambda: not self.connections(own))
+        events = [json.loads(line)["event"] for line in service.log.splitlines() if "database_" in line]
+        self.assertEqual(events.count("database_host_failed"), 1)
+        self.assertEqual(events.count("database_host_back"), 1)
+        self.assertLess(len(events), 20)  # one for each change
+
+    def test_connections_that_are_killed_or_time_out(self):
+        own, url = self.own_mariadb()
+        environment = self.use(url)
+        self.add_user()
+        self.sign_in.close()
+        own.run("SET GLOBAL wait_timeout = 1")
+        with Service(self.folder, **environment) as service:
+            clients = [Client(service, "alice") for _ in range(6)]
+            for client in clients:
+                self.assertEqual(client.sign_in(), 200)
+            with Load(*[c.check for c in clients[:3]], *[c.mixed for c in clients[3:]]) as load:
+                for _ in range(40):
+                    for connection in self.connections(own):
+                        with contextlib.suppress(pymysql.OperationalError):  # it has ended by itself
+                            own.run(f"KILL {connection}")
+                    load.first(200, time.monotonic())
+            self.assertEqual(load.statuses(), {200})
+            wait_for(lambda: not self.connections(own))  # they time out
+            self.assertEqual(clients[0].check(), 200)
+            self.assertEqual(clients[0].refresh(), 200)
+        self.assertNotIn("database_error", service.log)
+
+    def test_a_server_that_hangs(self):
+        """As behind a network that was cut: it takes connections and does not answer."""
+        own, url = self.own_mariadb()
+        environment = self.use(url)
+        self.add_user()
+        self.sign_in.close()
+        timeouts = ["--connect-timeout", "1", "--read-timeout", "1"]
+        with Service(self.folder, *timeouts, **environment) as service:
+            client = Client(service, "alice")
+            self.assertEqual(client.sign_in(), 200)
+            own.process.send_signal(signal.SIGSTOP)
+            try:
+                with Load(*[client.check] * 20) as load:
+                    since = load.first(503, 0)
+                    wait_for(lambda: len([1 for begin, _, _ in load.answers.copy() if begin > since]) > 100)
+                    self.assertEqual(load.statuses(since), {503})
+                    self.assertEqual(service.request("GET", "/.well-known/jwks.json")[0], 200)
+                    self.assertEqual(service.request("GET", "/health")[0], 503)
+            finally:
+                own.process.send_signal(signal.SIGCONT)
+            wait_for(lambda: client.check() == 200)
+
+    def test_a_read_only_server_still_checks_tokens(self):
+        own, url = self.own_mariadb()
+        environment = self.use(url)
+        self.add_user()
+        self.sign_in.close()
+        with Service(self.folder, **environment) as service:
+            client = Client(service, "alice")
+            self.assertEqual(client.sign_in(), 200)
+            own.run("SET GLOBAL read_only = 1")
+            self.assertEqual((client.check(), client.refresh(), client.check()), (200, 503, 200))
+            self.assertEqual(service.request("GET", "/health")[0], 200)
+            own.run("SET GLOBAL read_only = 0")
+            self.assertEqual(client.refresh(), 200)
+
+    def test_a_read_only_or_dead_host_gives_way_to_the_next_and_comes_back(self):
+        first, url = self.own_mariadb()
+        second = MariaDB()
+        self.addCleanup(second.stop)
+        second.run("CREATE DATABASE auth")
+        second.run("CREATE USER service@localhost")
+        second.run("GRANT ALL ON auth.* TO service@localhost")
+        place = f"127.0.0.1:{first.port}"
+        self.use(url.replace(place, f"{place},127.0.0.1:{second.port}"))
+        self.add_user()
+        self.assertEqual(second.run("SHOW TABLES FROM auth"), ())
+        server.open_sign_in(dataclasses.replace(self.settings, database=second.url("auth"))).close()
+        first.run("SET GLOBAL read_only = 1")
+        self.assertEqual(self.add_user("bob"), 1)  # the second's first user
+        self.assertEqual(self.store.find_user("alice"), None)
+        first.run("SET GLOBAL read_only = 0")
+        wait_for(lambda: self.store.find_user("alice"))
+        first.kill()
+        self.assertEqual(self.store.find_user("bob").id, 1)
+        first.start()
+        wait_for(lambda: self.store.find_user("alice"))
+
+    def test_a_commit_whose_answer_was_lost_counts_once(self):
+        """The connection dies after COMMIT has been sent, as `kill -9` of the server can have it."""
+        own, url = self.own_mariadb()
+        self.use(url)
+        alice = self.store.get_user(self.add_user())
+        session = self.sign_in._new_session(alice.id, "", "", NOW)
+        later = dataclasses.replace(session, generation=2)
+        for done, expected in [
+            (lambda: self.store.add_user("bob", "hash"), 2),
+            (lambda: self.store.add_session(session, alice.password_hash), True),
+            (lambda: self.store.replace_hash(alice, "another"), True),
+            (lambda: self.store.set_password(self.store.get_user(1), "third", keep=session.id), True),
+            (lambda: self.store.advance_session(later) or self.store.get_session(session.id, NOW)[0] == later, True),
+        ]:
+            commit, lost = pymysql.connections.Connection.commit, []
+
+            def lose(connection, commit=commit, lost=lost):
+                commit(connection)
+                if not lost:
+                    lost.append(connection)
+                    raise pymysql.OperationalError(2013, "Lost connection")
+
+            with mock.patch("pymysql.connections.Connection.commit", lose):
+                self.assertEqual(done(), expected)
+            self.assertTrue(lost)
+        self.assertEqual([user.username for user in self.store.list_users()], ["alice", "bob"])
+        self.assertEqual(len(self.store.list_sessions(1, NOW)), 1)
+
+
+class SQLiteFailureTest(FailureCase):
+    def assert_reads_and_does_not_write(self, client):
+        self.assertEqual(client.check(), 200)
+        status, headers, _ = client.service.request("POST", "/auth", "username=alice&password=correct+horse", **FORM)
+        self.assertEqual((status, headers["Retry-After"]), (503, "2"))
+        self.assertEqual(client.check(), 200)
+
+    def test_a_disk_that_is_full_and_has_room_again(self):
+        disk = self.folder / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "rest-auth-test", disk]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            self.skipTest("no disk may be mounted here")
+        self.addCleanup(subprocess.run, ["umount", disk], check=True)
+        environment = self.use(f"sqlite:///{disk}/auth.db")
+        self.add_user()
+        with Service(self.folder, **environment) as service:
+            client = Client(service, "alice")
+            self.assertEqual(client.sign_in(), 200)
+            with contextlib.suppress(OSError), open(disk / "rubbish", "wb", buffering=0) as rubbish:
+                while rubbish.write(b"x" * 512):
+                    pass
+            wait_for(
+                lambda: service.request("POST", "/auth", "username=alice&password=correct+horse", **FORM)[0] == 503
+            )
+            self.assert_reads_and_does_not_write(client)
+            os.unlink(disk / "rubbish")
+            self.assertEqual(client.refresh(), 200)
+            self.assertEqual(client.sign_in(), 200)
+        self.sign_in.close()
+        self.assertIn('"error": "database or disk is full"', service.log)
+        self.assertIn("database_back", service.log)
+
+    def test_a_file_that_may_not_be_written_and_may_again(self):
+        self.add_user()
+        self.sign_in.login("alice", "correct horse", NOW)
+        self.sign_in.close()
+        if os.geteuid() == 0:  # whom no mode keeps out
+            for path in [self.folder, *self.folder.iterdir()]:
+                shutil.chown(path, "nobody")
+            self.addCleanup(os.seteuid, 0)
+            os.seteuid(pwd.getpwnam("nobody").pw_uid)
+        os.chmod(self.folder / "auth.db", 0o444)
+        self.__dict__.pop("sign_in")
+        descriptors = set()
+        for _ in range(20):
+            self.assertTrue(self.store.find_user("alice"))
+            self.store.version(NOW)
+            with self.assertRaises(server.Unavailable):
+                self.add_user("bob")
+            descriptors.add(len(os.listdir("/proc/self/fd")))
+        self.assertLess(max(descriptors) - min(descriptors), 5)
+        for path in self.folder.glob("auth.db*"):
+            path.chmod(0o600)
+        self.assertTrue(self.add_user("bob"))
+
+
+class DurabilityTest(FailureCase):
+    """`kill -9` at random moments: what was acknowledged is there, and nothing is half done."""
+
+    ADD_USERS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import server
+sign_in = server.open_sign_in(server.Settings.load())
+for number in range(1000):
+    sign_in.store.add_user(f"{sys.argv[2]}-{number}", f"hash {number}")
+    print(number, flush=True)
+"""
+
+    def test_sqlite(self):
+        self.kill_at_random_moments(f"sqlite:///{self.folder}/auth.db")
+
+    def test_mariadb(self):
+        self.kill_at_random_moments(self.own_mariadb()[1])
+
+    def kill_at_random_moments(self, url, rounds=10):
+        environment, rng, added, passwords = self.use(url) | {"PYTHONUNBUFFERED": "1"}, random.Random(1), {}, {}
+        for name in ("alice", "bob", "carol"):
+            self.add_user(name)
+        for number in range(rounds):
+            with Service(self.folder, **environment) as service:
+                clients = [Client(service, name, passwords.get(name, "correct horse")) for name in ("alice", "bob")]
+                refreshing = Client(service, "carol")
+                for client in [*clients, refreshing]:
+                    self.assertEqual(client.sign_in(), 200, client.username)
+                attempts = {client.username: [] for client in clients}
+                command = [sys.executable, "-c", self.ADD_USERS, HERE, f"user{number}"]
+                adding = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+                steps = [functools.partial(self.change_password, client, attempts) for client in clients]
+                with Load(refreshing.refresh, *steps) as load:
+                    wanted = rng.randrange(50, 400)
+                    wait_for(lambda load=load, wanted=wanted: len(load.answers) >= wanted, 60)
+                    service.process.kill()
+                    adding.kill()
+                    service.process.wait()
+                    load.first("ConnectionRefusedError", 0)
+                added[number] = len(adding.communicate()[0].splitlines())
+                acknowledged = load.statuses() - {"ConnectionRefusedError"}
+                self.assertLessEqual(acknowledged, {200, 204, "RemoteDisconnected", "ConnectionResetError"})
+            with Service(self.folder, **environment) as service:
+                refreshing.service = service
+                self.assertEqual(refreshing.refresh(), 200)
+                for client in clients:  # the last that was acknowledged, or one that was under way
+                    client.service, tries = service, [client.password, *attempts[client.username]]
+                    good = [text for text in tries if Client(service, client.username, text).sign_in() == 200]
+                    self.assertEqual(len(good), 1, tries)
+                    passwords[client.username] = good[0]
+            self.assert_whole(added)
+        self.assertGreater(sum(added.values()), 100)
+
+    def change_password(self, client, attempts):
+        new = f"password {time.monotonic_ns()}"
+        body = urllib.parse.urlencode({"current_password": client.password, "new_password": new})
+        attempts[client.username].append(new)
+        try:
+            status = client.service.request("PUT", "/auth/password", body, **FORM, **client.bearer())[0]
+        except ConnectionRefusedError:  # it was never under way
+            attempts[client.username].pop()
+            raise
+        if status == 204:
+            client.password = new
+            attempts[client.username].clear()
+        return status
+
+    def assert_whole(self, added):
+        """Every user that was acknowledged is there, and no session is in an impossible state."""
+        self.assertEqual(self.store.missing_tables(), [])
+        hashes = {user.username: user.password_hash for user in self.store.list_users()}
+        for number, count in added.items():
+            for index in range(count):
+                self.assertEqual(hashes.get(f"user{number}-{index}"), f"hash {index}")
+        impossible = "created > last_used OR rotated < created OR expires <= created OR generation < 1"
+        orphans = "NOT EXISTS (SELECT 1 FROM user WHERE id = user_id)"
+        self.assertFalse(self.store._read(f"SELECT id FROM auth_session WHERE {impossible} OR {orphans}"))
+        if self.store.database.kind == "sqlite":
+            self.assertEqual(self.store._read("PRAGMA integrity_check"), [("ok",)])
+
+    def test_a_first_start_that_was_killed_does_not_stop_the_second(self):
+        rng = random.Random(1)
+        for _ in range(10):
+            with tempfile.TemporaryDirectory() as folder:
+                environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+                command = [sys.executable, HERE / "server.py", "--port", "0"]
+                first = subprocess.Popen(command, cwd=folder, env=environment, stdout=-3, stderr=-3)
+                moment = rng.choice(["auth.db", "auth.db-wal", "auth.keys.draft", "auth.keys"])
+                deadline = time.monotonic() + 2
+                while time.monotonic() < deadline and not os.path.lexists(f"{folder}/{moment}"):
+                    pass
+                first.kill()
+                first.wait()
+                with Service(folder) as service:
+                    self.assertEqual(service.request("GET", "/health")[0], 200)
+
+
+class StopTest(FailureCase):
+    def in_flight(self, service, checks=150, sign_ins=50):
+        """So many requests at once: a list of futures, and what waits for them."""
+        client = Client(service, "alice")
+        self.assertEqual(client.sign_in(), 200)
+        pool = concurrent.futures.ThreadPoolExecutor(checks + sign_ins)
+        self.addCleanup(pool.shutdown)
+        many = [pool.submit(Client(service, "alice").sign_in) for _ in range(sign_ins)]
+        return many + [pool.submit(client.check) for _ in range(checks)]
+
+    def test_every_request_is_answered_while_another_process_takes_the_socket_over(self):
+        environment = self.use(self.database) | {"AUTH_PBKDF2_ITERATIONS": "100000"}
+        self.store.add_user("alice", server.hash_password("correct horse", 100000))
+        for processes in ("1", "2"):
+            with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+                arguments = ["--processes", processes]
+                with Service(self.folder, *arguments, listener=listener, **environment) as first:
+                    futures = self.in_flight(first)
+                    wait_for(lambda futures=futures: any(future.done() for future in futures))
+                    with Service(self.folder, *arguments, listener=listener, **environment) as second:
+                        self.assertEqual(first.stop(signal.SIGTERM), 0)
+                        self.assertEqual({future.result() for future in futures}, {200})
+                        self.assertEqual(second.request("GET", "/health")[0], 200)
+
+    def test_every_request_is_answered_by_one_that_stops_alone(self):
+        environment = self.use(self.database) | {"AUTH_PBKDF2_ITERATIONS": "100000"}
+        self.store.add_user("alice", server.hash_password("correct horse", 100000))
+        with Service(self.folder, **environment) as service:
+            held = http.client.HTTPConnection(*service.address, timeout=30)  # has been answered, and stays open
+            held.request("GET", "/health")
+            self.assertEqual(held.getresponse().read(), b'{"status": "ok"}\n')
+            started = [http.client.HTTPConnection(*service.address, timeout=30) for _ in range(200)]
+            for number, connection in enumerate(started):
+                path = "/auth" if number % 4 == 0 else "/health"
+                connection.request(
+                    "POST" if path == "/auth" else "GET",
+                    path,
+                    "username=alice&password=correct+horse",
+                    {"Content-Type": BadInputTest.FORM},
+                )
+            service.process.send_signal(signal.SIGTERM)
+            statuses = []
+            for connection in started:
+                with contextlib.closing(connection):
+                    answer = connection.getresponse()
+                    statuses.append(answer.status)
+                    answer.read()
+            held.close()
+            self.assertEqual(set(statuses), {200})
+            self.assertEqual(service.process.wait(30), 0)
+            with self.assertRaises(ConnectionRefusedError):
+                service.request("GET", "/health")
+
+    def test_the_time_to_finish_is_bounded_and_a_second_signal_ends_it_at_once(self):
+        for arguments, signals, status in [(["--stop-timeout", "1"], 1, 0), (["--stop-timeout", "600"], 2, 1)]:
+            for processes in ("1", "2"):
+                self.__dict__.pop("sign_in", None)
+                self.store.prepare()
+                with Service(self.folder, *arguments, "--processes", processes, AUTH_DATABASE=self.database) as service:
+                    wait_for(lambda service=service: service.request("GET", "/health")[0] == 200)
+                    with socket.create_connection(service.address) as unfinished:
+                        unfinished.sendall(b"GET /health HTTP/1.1\r\n")
+                        self.assertEqual(service.request("GET", "/health")[0], 200)
+                        for number in range(signals):
+                            if number:
+                                wait_for(lambda service=service: self.is_closed(service))
+                            service.process.send_signal(signal.SIGTERM)
+                        self.assertEqual(service.process.wait(20), status)
+
+    def is_closed(self, service):
+        try:
+            service.request("GET", "/health")
+        except OSError:
+            return True
+
+    def test_restarts_behind_nginx_lose_no_request(self):
+        if not program("nginx"):
+            self.fail_or_skip("no nginx here: apt install nginx-light")
+        environment = self.use(self.database)
+        self.add_user()
+        ports = [free_port(), free_port()]
+        with contextlib.ExitStack() as stack:
+            services = [self.start(stack, port, environment) for port in ports]
+            proxy = stack.enter_context(Nginx(self.folder, ports))
+            clients = [Client(proxy, "alice") for _ in range(8)]
+            for client in clients:
+                self.assertEqual(client.sign_in(), 200)
+            with Load(*[c.check for c in clients[:4]], *[c.mixed for c in clients[4:]]) as load:
+                for _ in range(3):
+                    for index, port in enumerate(ports):
+                        self.assertEqual(services[index].stop(signal.SIGTERM), 0)
+                        load.first(200, time.monotonic())
+                        services[index] = self.start(stack, port, environment)
+                        wait_for(lambda again=services[index]: '"login"' in again.read_log())  # nginx has noticed
+            self.assertEqual(load.statuses(), {200})
+            with Load(*[c.check for c in clients[:4]], *[c.mixed for c in clients[4:]]) as load:
+                load.first(200, 0)
+                services[0].process.kill()
+                killed = time.monotonic()
+                for _ in range(50):
+                    load.first(200, time.monotonic())
+            self.assertLessEqual(load.statuses(), {200, 502})
+            self.assertEqual(load.statuses(killed + 1), {200})
+            failed = [status for _, _, status in load.answers if status != 200]
+            text = f"\na service of two killed: {len(failed)} requests failed, the longest pause {load.longest_pause():.1f} s"
+            print(text, file=sys.stderr)
+
+    def start(self, stack, port, environment):
+        folder = tempfile.mkdtemp(dir=self.folder)
+        arguments = ["--port", str(port), "--trusted-proxy", "127.0.0.1"]
+        return stack.enter_context(Service(folder, *arguments, **environment))
+
+
+class Nginx:
+    """The README's configuration of nginx in front of services on these ports."""
+
+    request, raw = Service.request, Service.raw
+
+    def __init__(self, folder, ports):
+        self.folder, self.address = Path(folder), ("127.0.0.1", free_port())
+        [configuration] = re.findall(r"(?ms)^```nginx\n(.*?)^```$", README)
+        servers = "".join(f"  server 127.0.0.1:{port} fail_timeout=1s;\n" for port in ports)
+        configuration = re.sub(r"(?m)(^ +server \S+:5000.*;\n)+", servers, configuration)
+        configuration = re.sub(
+            r"(?m)^ +ssl_.*\n", "", configuration.replace("listen 443 ssl;", f"listen 127.0.0.1:{self.address[1]};")
+        )
+        paths = "".join(
+            f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        user = "user root;\n" if os.geteuid() == 0 else ""
+        (self.folder / "nginx.conf").write_text(
+            f"{user}pid {folder}/nginx.pid;\nerror_log {folder}/nginx.log;\ndaemon off;\nevents {{}}\n"
+            f"http {{\naccess_log off;\n{paths}{configuration}}}\n"
+        )
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            [program("nginx"), "-p", self.folder, "-c", self.folder / "nginx.conf"], stderr=-3
+        )
+        wait_for(self.is_up)
+        return self
+
+    def is_up(self):
+        with contextlib.suppress(OSError):
+            return self.request("GET", "/health")[0] == 200
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(30)
+
+
+class Galera:
+    """Three nodes of one MariaDB cluster on 127.0.0.1."""
+
+    LIBRARIES = ["/usr/lib/galera/libgalera_smm.so", "/usr/lib64/galera-4/libgalera_smm.so"]
+
+    def __init__(self):
+        library = next(path for path in self.LIBRARIES if os.path.exists(path))
+        groups = [free_port() for _ in range(3)]
+        members = ",".join(f"127.0.0.1:{port}" for port in groups)
+        self.nodes = []
+        for number, group in enumerate(groups):
+            provider = f"gmcast.listen_addr=tcp://127.0.0.1:{group};ist.recv_addr=127.0.0.1:{free_port()}"
+            options = [
+                "--wsrep-on=ON",
+                f"--wsrep-provider={library}",
+                f"--wsrep-provider-options={provider}",
+                f"--wsrep-cluster-address=gcomm://{members}",
+                "--wsrep-node-address=127.0.0.1",
+                f"--wsrep-node-name=node{number}",
+                "--wsrep-sst-method=rsync",
+                f"--wsrep-sst-receive-address=127.0.0.1:{free_port()}",
+                "--binlog-format=ROW",
+                "--innodb-autoinc-lock-mode=2",
+            ]
+            self.nodes.append(MariaDB(*options, first=[] if number else ["--wsrep-new-cluster"]))
+            wait_for(functools.partial(self.is_ready, number), 60)
+
+    def is_ready(self, number):
+        with contextlib.suppress(OSError, pymysql.Error):
+            return self.nodes[number].run("SHOW STATUS LIKE 'wsrep_ready'")[0][1] == "ON"
+
+    def stop(self):
+        for node in self.nodes:
+            node.stop()
+
+
+class GaleraTest(FailureCase):
+    """Two services over three nodes: sign in here, refresh there, sign out here."""
+
+    def test_nodes_are_killed_under_load_and_return(self):
+        if not any(map(os.path.exists, Galera.LIBRARIES)):
+            self.fail_or_skip("no Galera here: apt install galera-4 rsync socat")
+        cluster = Galera()
+        self.addCleanup(cluster.stop)
+        cluster.nodes[0].run("CREATE DATABASE auth")
+        hosts = [f"127.0.0.1:{node.port}" for node in cluster.nodes]
+        urls = [f"mysql://root@{','.join(hosts[i:] + hosts[:i])}/auth" for i in (0, 1)]
+        self.use(urls[0])
+        for number in range(4):
+            self.add_user(f"user{number}")
+        living, ended, self.roamed = [], [], random.Random(1)
+        with contextlib.ExitStack() as stack:
+            services = []
+            for url in urls:
+                folder = tempfile.mkdtemp(dir=self.folder)
+                services.append(stack.enter_context(Service(folder, **self.use(url))))
+            steps = [functools.partial(self.roam, services, f"user{n}", living, ended) for n in range(4)]
+            with Load(*steps) as load:
+                load.first(200, 0)
+                cluster.nodes[0].kill()
+                killed = time.monotonic()
+                for _ in range(20):
+                    load.first(200, time.monotonic())
+            self.assertLessEqual(load.statuses(), {200, 503})
+            after = [(begin, end) for begin, end, status in load.answers if status == 200 and begin >= killed]
+            self.report("a node of three killed", load, killed, after)
+            cluster.nodes[1].kill()
+            for service in services:
+                wait_for(lambda service=service: service.request("GET", "/health")[0] == 503)
+                self.assertEqual(living[0].on(service).check(), 503)
+                self.assertEqual(service.request("GET", "/.well-known/jwks.json")[0], 200)
+            for number in (1, 0):
+                cluster.nodes[number].start()
+                wait_for(functools.partial(cluster.is_ready, number), 60)
+                returned = time.monotonic()
+            for service in services:
+                wait_for(lambda service=service: service.request("GET", "/health")[0] == 200)
+            print(
+                f"\ntwo nodes of three back, the services good after {time.monotonic() - returned:.1f} s",
+                file=sys.stderr,
+            )
+            self.assertGreater(min(len(living), len(ended)), 10)
+            for service in services:
+                self.assertEqual({client.on(service).check() for client in living}, {200})
+                self.assertEqual({client.on(service).check() for client in ended}, {401})
+            self.assertEqual({client.on(services[0]).refresh() for client in living}, {200})
+
+    def roam(self, services, username, living, ended):
+        here, there = self.roamed.sample(services, 2)
+        client = Client(here, username)
+        for step in (client.sign_in, client.on(there).refresh, client.on(here).check):
+            if (status := step()) != 200:
+                return status
+        if self.roamed.random() < 0.5:
+            living.append(client)
+            return 200
+        status = there.request("POST", "/auth/logout", **client.bearer())[0]
+        if status != 204:
+            return status
+        ended.append(client)
+        return {401: 200}.get(client.on(here).check(), 503)
+
+    def report(self, what, load, killed, after):
+        pause = load.longest_pause()
+        first = min(end for _, end in after) - killed
+        text = f"\n{what}: the longest pause {pause:.1f} s, the first good answer after {first:.1f} s"
+        print(text, file=sys.stderr)
+
+
 # --- README ---
 
 
@@ -3627,10 +4315,21 @@ class ReadmeTest(MySQLCase):
                 answer = connection.getresponse()
                 return json.loads(answer.read()) if answer.status == 200 else answer.status
 
+    def block_with(self, text):
+        """The one block of shell commands that this text is in."""
+        [block] = [block for block in self.blocks("sh") if text in block]
+        return block
+
+    def test_several_hosts(self):
+        show = f"{sys.executable} -c 'import server; print(server.Settings.load())'"
+        command = ["bash", "-c", self.block_with("10.0.0.3") + show]
+        shown = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        self.assertIn("trusted_proxy='10.0.0.9'", shown.stdout, shown.stderr)
+
     def test_moving_from_flask_jwt(self):
         self.raw_sql(TUTORIAL_TABLE)
         self.raw_sql("INSERT INTO user (username, password) VALUES ('roy', %s)", TUTORIAL_HASH)
-        [block] = self.blocks("sh")
+        block = self.block_with("roytuts")
         block = block.replace("mysql://roytuts:password@127.0.0.1:3306/roytuts", self.database)
         block = block.replace("the JWT_SECRET_KEY of your app", SECRET).replace(".venv/bin/python", sys.executable)
         export, serve = block.strip().split("\n")
