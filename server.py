@@ -25,6 +25,7 @@
     GET    /rest-auth          the tutorial's protected route
     GET    /.well-known/jwks.json   the public keys
     GET    /health             200 while the database answers, else 503
+    GET    /metrics            on a port of its own, where the setting `metrics` names one: for Prometheus
 
 The rooms below come in reading order; each uses only those above it.
 """
@@ -77,13 +78,58 @@ from waitress.parser import HTTPRequestParser, ParsingError
 
 __version__ = "0.1.0"
 
+# --- Events ---
+# What happened is one line of JSON on the logger `auth`. With the setting `metrics` it is counted
+# as well, in memory that the processes of one service share: whichever is asked tells of all.
+
 log = logging.getLogger("auth")
 
 
 def event(what, /, level=logging.INFO, **facts):
-    """Log one line of JSON: whatever a client puts into a name or a header stays inside its quotes."""
+    """Log one line of JSON: whatever a client puts into a name or a header stays inside its quotes. And count it."""
+    count(f'events_total{{event="{what}"}}')
     stamp = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
     log.log(level, json.dumps({"time": stamp, "event": what, **facts}))
+
+
+class Counters:
+    """Numbers by name, such as `events_total{event="login"}`; {} around labels as Prometheus writes them."""
+
+    def __init__(self, names, processes):
+        self._slots = {name: slot for slot, name in enumerate(names)}
+        self._memory = mmap.mmap(-1, 8 * len(self._slots) * processes)
+        self._numbers = memoryview(self._memory).cast("Q")
+        self._lock = threading.Lock()
+        self.place = 0  # of this process among them
+
+    def set(self, name, number, add=False):
+        """Set the number of this process, or add to it; a name that is not among those known is left out."""
+        slot = self._slots.get(name)
+        if slot is not None:
+            with self._lock:
+                slot += self.place * len(self._slots)
+                self._numbers[slot] = number + (self._numbers[slot] if add else 0)
+
+    def by_process(self, name):
+        return self._numbers[self._slots[name] :: len(self._slots)].tolist()
+
+    def totals(self):
+        """{name: number}, without those that are 0."""
+        return {name: total for name in self._slots if (total := sum(self.by_process(name)))}
+
+
+counters = None  # Counters where the setting `metrics` asks for them
+
+
+def count(name, number=1, add=True):
+    if counters:
+        counters.set(name, number, add)
+
+
+EVENTS = """login login_failed throttled refresh reuse_detected logout password_changed token_created user_added
+    user_locked user_unlocked user_removed user_ambiguous upgrade_failed key_rotated key_retired
+    key_file_refused jwks_error x_forwarded_for_untrusted database_error database_back database_host_failed
+    database_host_back process_died""".split()
 
 
 # --- Settings ---
@@ -138,6 +184,7 @@ class Settings:
     processes: int = setting(1, "processes that serve, one for each core at the most", (1, 64))
     stop_timeout: int = setting(20, "seconds that running requests have to finish after SIGTERM", (0, 3600))
     threads: int = setting(16, "requests worked on at once, beside sign-ins", (1, 256))
+    metrics: str = setting("", "PORT or ADDRESS:PORT for GET /metrics; without an address 127.0.0.1")
     trusted_proxy: str = setting("", "address of the proxy whose X-Forwarded-For and -Proto are believed")
     realm: str = setting("Login Required", "realm named in a 401")
 
@@ -149,6 +196,8 @@ class Settings:
             check_secret(self.secret_key.encode("utf-8", "surrogateescape"))
         if not self.host:
             raise SettingsError("host: name an address; 0.0.0.0 is all of IPv4, :: all of IPv6")
+        if self.metrics:
+            parse_listener(self.metrics)
         if self.trusted_proxy not in ("", "localhost") and not is_address(self.trusted_proxy):
             raise SettingsError("trusted_proxy: give the one IP address that the proxy connects from")
         if '"' in self.realm or "\\" in self.realm or not self.realm.isprintable():
@@ -181,6 +230,15 @@ def check_setting(field, value):
     between = field.metadata["between"]
     if between and not between[0] <= value <= between[1]:
         raise SettingsError(f"{field.name}: {value} is not between {between[0]} and {between[1]}")
+
+
+def parse_listener(text):
+    """("127.0.0.1", 9100) of "9100", or the address that it names. Raises SettingsError."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
+    if not is_address(host) or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise SettingsError("metrics: give a port, such as 9100, or an address and a port, such as 10.0.0.5:9100")
+    return host, int(port)
 
 
 def is_address(text):
@@ -782,6 +840,10 @@ class Store:
         *session, user_id, username, password_hash = rows[0]
         return Session(*session), None if user_id is None else User(user_id, username, password_hash)
 
+    def count_alive(self, now):
+        """How many sessions there are, all users together."""
+        return self._read("SELECT COUNT(*) FROM auth_session WHERE expires > ?", int(now))[0][0]
+
     def list_sessions(self, user_id, now):
         """The user's Sessions that have not expired, newest first."""
         query = f"SELECT {SESSION} FROM auth_session WHERE user_id = ? AND expires > ? ORDER BY created DESC, id"
@@ -931,6 +993,7 @@ class Store:
                 if is_new or not self._is_dead(error):
                     raise
                 self._close_idle()  # what killed one has most likely killed all
+                count("database_reconnects_total")
 
     def _close_idle(self):
         while self._idle:
@@ -973,9 +1036,11 @@ class Store:
         except self.driver.Error as error:
             if self._is_misfit(error):
                 raise BadRequest("The table's columns are too short, or cannot write these characters") from error
-            if not self._is_passing(error) and what not in self._failing:
-                self._failing.add(what)
-                event("database_error", logging.ERROR, what=what, error=str(error))
+            if not self._is_passing(error):
+                count("database_errors_total")
+                if what not in self._failing:
+                    self._failing.add(what)
+                    event("database_error", logging.ERROR, what=what, error=str(error))
             raise Unavailable() from error
         if what in self._failing:
             self._failing.discard(what)
@@ -1376,6 +1441,7 @@ def thumbprint(members):
     return base64url(hashlib.sha256(text.encode()).digest())
 
 
+TOKEN_MEMORY = 'token_memory_total{found="no"}', 'token_memory_total{found="yes"}'
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 REFRESH_TOKEN = re.compile(r"([A-Za-z0-9_-]{22})\.([1-9][0-9]{0,15})\.([A-Za-z0-9_-]{43})")
 
@@ -1430,6 +1496,7 @@ class KeySet:
         self._look(now)
         verified = self._verified  # before the keys are used: those of a changed file come with a new one
         claims = verified.get(token)
+        count(TOKEN_MEMORY[claims is not None])
         if claims is None:
             try:
                 claims = self._decode(token)
@@ -2493,6 +2560,74 @@ def make_app(settings, sign_in=None):
     return app
 
 
+MEANINGS = {  # name, its type, and its meaning
+    "requests_total": ("counter", "Requests answered, by route and status."),
+    "events_total": ("counter", "Lines of the log, by event."),
+    "token_memory_total": ("counter", "Tokens that were found among those verified before, or not."),
+    "database_errors_total": ("counter", "Requests that the database failed."),
+    "database_reconnects_total": ("counter", "Connections that had died and were replaced."),
+    "hash_queue": ("gauge", "Sign-ins that hash, or wait for it."),
+    "sessions": ("gauge", "Sessions alive, API tokens included."),
+    "process_start_time_seconds": ("gauge", "When the service was started, in seconds since 1970."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory, by process."),
+}
+STATUSES = (200, 201, 204, 304, 400, 401, 403, 404, 405, 408, 413, 429, 431, 500, 501, 503)
+
+
+def make_counters(app, processes):
+    """Counters for the routes of an app, and for all else that is counted."""
+    routes = {label_of(route): None for route in app.routes} | {"none": None}
+    names = [f'requests_total{{route="{route}",status="{status}"}}' for route in routes for status in STATUSES]
+    names += [f'events_total{{event="{what}"}}' for what in EVENTS]
+    names += [*TOKEN_MEMORY, "database_errors_total", "database_reconnects_total", "hash_queue", "pid", "start"]
+    return Counters(names, processes)
+
+
+def label_of(route):
+    return f"{route.method} {route.rule}".translate({ord(c): f"\\{c}" for c in '"\\'})
+
+
+def counted(app):
+    """The WSGI app, with its answers counted by route and status."""
+
+    def counting(environ, start_response):
+        def start(status, *others):
+            route = environ.get("bottle.route")
+            label = label_of(route) if route else "none"
+            count(f'requests_total{{route="{label}",status="{status[:3]}"}}')
+            return start_response(status, *others)
+
+        return app(environ, start)
+
+    return counting
+
+
+def metrics(sign_in):
+    """Prometheus's text format: what all processes have counted, and what can be seen now."""
+    found = counters.totals()
+    for process, pid in enumerate(counters.by_process("pid")):
+        with contextlib.suppress(OSError, ValueError):  # a process that has just died; or no Linux
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            found[f'process_resident_memory_bytes{{process="{process}"}}'] = pages * resource.getpagesize()
+    found["process_start_time_seconds"] = found.pop("start")
+    with contextlib.suppress(Unavailable):
+        found["sessions"] = sign_in.store.count_alive(time.time())
+    found.setdefault("hash_queue", 0)
+    lines = []
+    for name, (kind, meaning) in MEANINGS.items():
+        lines += [f"# HELP rest_auth_{name} {meaning}", f"# TYPE rest_auth_{name} {kind}"]
+        lines += [f"rest_auth_{key} {number}" for key, number in found.items() if key.partition("{")[0] == name]
+    return HTTPResponse("\n".join(lines) + "\n", headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+def make_metrics_app(sign_in):
+    """An app of its own, for a listener of its own: metrics are not for everybody's eyes."""
+    app = Bottle()
+    app.default_error_handler = bottle_error
+    app.get("/metrics", callback=partial(metrics, sign_in))
+    return app
+
+
 # --- Command line ---
 # The only room that prints, prompts and ends the process.
 
@@ -2545,6 +2680,7 @@ class StrictChannel(HTTPChannel):
 
 def refusal_of_waitress(error, ident=None):
     """What waitress refuses by itself, in the shape of our errors and without its name."""
+    count(f'requests_total{{route="none",status="{error.code}"}}')
     body = error_body(error.code, *REFUSALS.get(error.code, FAILURE)).encode()
     return f"{error.code} {error.reason}", list(JSON_HEADERS.items()), body
 
@@ -2553,12 +2689,13 @@ def serve(app, settings, announce):
     """Serve until SIGINT or SIGTERM; `announce` gets the URL as soon as the port is ours. Raises SettingsError."""
     waitress.utilities.Error.to_response = refusal_of_waitress  # the one place that all its refusals come through
     with Stop() as stop, listen(settings) as listener:
+        scraped = listen_for_metrics(app, settings) if settings.metrics else None
         announce(url_of(listener))
-        serving = partial(work, app, settings, stop, listener)
+        serving = partial(work, app, settings, stop, listener, scraped)
         if settings.processes == 1:
             serving()
         else:
-            supervise(serving, settings.processes, stop, [listener])
+            supervise(serving, settings.processes, stop, [listener, scraped] if scraped else [listener])
 
 
 class Stop:
@@ -2584,17 +2721,23 @@ class Stop:
         self.hook()
 
 
-def work(app, settings, stop, listener):
+def work(app, settings, stop, listener, scraped=None):
     """Answer what comes to a listening socket until the stop, and finish what has come by then."""
-    server = waitress.create_server(app, sockets=[listener], **waitress_settings(settings))
+    options = waitress_settings(settings)
+    count("pid", os.getpid(), add=False)
+    server = waitress.create_server(counted(app) if counters else app, sockets=[listener], **options)
     server.channel_class = StrictChannel
     server.adj.send_bytes = SMALL_ANSWER
     sign_in = next(plugin.sign_in for plugin in app.plugins if isinstance(plugin, JWTPlugin))
 
     def note(inside):  # many threads at all times would cost each request: waitress wakes them in turn
         server.task_dispatcher.set_thread_count(settings.threads + inside)
+        count("hash_queue", inside, add=False)
 
     sign_in.hashing.on_change = note
+    if scraped:
+        options |= {"threads": 1, "sockets": [scraped]}
+        waitress.create_server(make_metrics_app(sign_in), server._map, **options)
     stop.hook = server.pull_trigger
     while not stop.is_set:
         turn(server, 1)
@@ -2667,11 +2810,21 @@ def start_child(work, stop, place, alive, mine):
             os.close(mine)
             threading.Thread(target=end_with_parent, args=[alive], daemon=True).start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
+            if counters:
+                counters.place = place
             work()
             status = 0
         finally:
             os._exit(status)
     return pid
+
+
+def listen_for_metrics(app, settings):
+    """The socket for GET /metrics; from here on is counted."""
+    global counters
+    counters = make_counters(app, settings.processes)
+    counters.set("start", int(time.time()))
+    return listen_on(*parse_listener(settings.metrics), "choose another with --metrics")
 
 
 def end_with_parent(alive):

@@ -370,6 +370,9 @@ class SettingsTest(unittest.TestCase):
             ({"AUTH_TOKEN_TTL": "0"}, "token_ttl: 0 is not between 1 and"),
             ({"AUTH_PORT": "65536"}, "port: 65536"),
             ({"AUTH_REALM": 'a"b'}, "realm"),
+            ({"AUTH_METRICS": "here"}, "metrics: give a port, such as 9100"),
+            ({"AUTH_METRICS": "example.com:9100"}, "metrics: give a port"),
+            ({"AUTH_METRICS": "70000"}, "metrics: give a port"),
             ({"AUTH_SECRET_KEY": "secret-key"}, "published.*secrets.token_urlsafe"),
             ({"AUTH_SECRET_KEY": "a-string-secret-at-least-256-bits-long"}, "published"),
             ({"AUTH_SECRET_KEY": "x" * 31}, "shorter than 32 bytes.*secrets.token_urlsafe"),
@@ -2654,7 +2657,7 @@ class StructureTest(Case):
 
     def test_the_rooms_stand_in_the_order_of_the_design(self):
         rooms = re.findall(r"^# --- (.+) ---$", (HERE / "server.py").read_text("utf-8"), re.MULTILINE)
-        names = "Settings, Errors, Passwords, Store, Tokens, Sign-in, Plugin, HTTP, Command line"
+        names = "Events, Settings, Errors, Passwords, Store, Tokens, Sign-in, Plugin, HTTP, Command line"
         self.assertEqual(rooms, names.split(", "))
         self.assertEqual(re.findall(r"\*\*([\w -]+)\*\*", README), rooms)
 
@@ -4211,6 +4214,83 @@ class GaleraTest(FailureCase):
         print(text, file=sys.stderr)
 
 
+class MetricsTest(ServiceCase):
+    def scrape(self, address):
+        connection = http.client.HTTPConnection(*address, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/metrics")
+            answer = connection.getresponse()
+            self.assertEqual(answer.headers["Content-Type"], "text/plain; version=0.0.4; charset=utf-8")
+            lines = answer.read().decode().splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        for line in lines:
+            self.assertRegex(
+                line, r'^(# (HELP|TYPE) rest_auth_\w+ .+|rest_auth_\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [0-9.]+)$'
+            )
+        self.assertEqual(len({name for name, _ in pairs}), len(pairs))
+        return {name.removeprefix("rest_auth_"): float(number) for name, number in pairs}
+
+    def test_off_unless_asked_for_and_never_on_the_listener_of_all(self):
+        address = "127.0.0.1", free_port()
+        with Service(self.folder, "--demo") as service:
+            self.assertEqual(service.request("GET", "/metrics")[0], 404)
+        with Service(self.folder, "--demo", "--metrics", str(address[1])) as service:
+            self.assertEqual(service.request("GET", "/metrics")[0], 404)
+            service.login("roy", "roy")
+            self.assertEqual(self.scrape(address)["sessions"], 1)
+            taken = subprocess.run(
+                [sys.executable, HERE / "server.py", "--demo", "--port", "0", "--metrics", str(address[1])],
+                capture_output=True,
+                text=True,
+            )
+            self.assertRegex(taken.stderr, "Address already in use.*choose another with --metrics")
+
+    def test_several_processes_count_together_and_a_killed_one_takes_nothing_along(self):
+        address = "127.0.0.1", free_port()
+        self.add_user()
+        self.sign_in.close()
+        arguments = ["--processes", "2", "--metrics", f"127.0.0.1:{address[1]}"]
+        begun = time.time()
+        with Service(self.folder, *arguments, AUTH_DATABASE=self.database) as service:
+            client = Client(service, "alice")
+            for _ in range(4):
+                self.assertEqual(client.sign_in(), 200)
+            for _ in range(20):
+                self.assertEqual(client.check(), 200)
+            self.assertEqual(Client(service, "alice", "wrong").sign_in(), 401)
+            service.request("GET", "/nowhere")
+            expected = {
+                'requests_total{route="POST /auth",status="200"}': 4,
+                'requests_total{route="POST /auth",status="401"}': 1,
+                'requests_total{route="GET /rest-auth",status="200"}': 20,
+                'requests_total{route="none",status="404"}': 1,
+                'events_total{event="login"}': 4,
+                'events_total{event="login_failed"}': 1,
+                "sessions": 4,
+                "hash_queue": 0,
+            }
+            for _ in range(6):
+                found = self.scrape(address)
+                self.assertEqual({name: found.get(name) for name in expected}, expected)
+            tokens = found['token_memory_total{found="yes"}'] + found['token_memory_total{found="no"}']
+            self.assertEqual(tokens, 20)
+            self.assertAlmostEqual(found["process_start_time_seconds"], begun, delta=10)
+            memories = [found[f'process_resident_memory_bytes{{process="{n}"}}'] for n in (0, 1)]
+            self.assertTrue(all(10e6 < memory < 200e6 for memory in memories), memories)
+            children = ProcessesTest.children(self, service)
+            os.kill(next(iter(children)), signal.SIGKILL)
+            wait_for(lambda: len(ProcessesTest.children(self, service) - children) == 1)
+            for _ in range(4):
+                found = self.scrape(address)
+                self.assertEqual({name: found.get(name) for name in expected}, expected)
+            self.assertEqual(found['events_total{event="process_died"}'], 1)
+
+    def test_every_event_is_counted(self):
+        names = re.findall(r'event\(\s*"(\w+)"', (HERE / "server.py").read_text("utf-8"))
+        self.assertGreater(len(names), 20)
+        self.assertEqual(set(names), set(server.EVENTS))
+
+
 # --- README ---
 
 
@@ -4221,7 +4301,7 @@ class ReadmeTest(MySQLCase):
         super().setUp()
         for name in ["server.py", "schema.sql", "requirements.txt"]:
             shutil.copy(HERE / name, self.folder)
-        self.port = str(free_port())
+        self.port, self.metrics_port = str(free_port()), str(free_port())
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
         self.environment |= {"AUTH_PORT": self.port, "PYTHONUNBUFFERED": "1"}
         self.process = None
@@ -4230,7 +4310,8 @@ class ReadmeTest(MySQLCase):
     def blocks(self, language):
         """The code blocks of the README, with a free port in place of theirs."""
         found = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
-        return [re.sub(r":5000|port=8080", lambda port: port[0][:-4] + self.port, block) for block in found]
+        found = [re.sub(r":5000|port=8080", lambda port: port[0][:-4] + self.port, block) for block in found]
+        return [re.sub(r"(?<=[: ])9100", self.metrics_port, block) for block in found]
 
     def stop(self):
         if self.process:
