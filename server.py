@@ -127,7 +127,7 @@ def count(name, number=1, add=True):
 
 
 EVENTS = """login login_failed throttled refresh reuse_detected logout password_changed token_created user_added
-    user_locked user_unlocked user_removed user_ambiguous upgrade_failed key_rotated key_retired
+    user_locked user_unlocked user_removed users_imported user_ambiguous upgrade_failed key_rotated key_retired
     key_file_refused jwks_error x_forwarded_for_untrusted database_error database_back database_host_failed
     database_host_back process_died""".split()
 
@@ -594,6 +594,7 @@ def needs_rehash(stored, iterations):
 # it is: no unique index, columns that may be NULL, collations that find ROY for roy. So names are
 # compared in Python after the query, and every value is checked before it.
 
+AT_ONCE = 400  # rows read or written by one statement: SQLite takes 999 values, and a packet has its bounds as well
 LOCKED = "!"  # before a hash, as `passwd -l` does it: no password matches, and unlocking restores it
 
 
@@ -738,7 +739,15 @@ class Store:
         return User(*rows[0]) if rows else None
 
     def list_users(self):
-        return [User(*row) for row in self._read("SELECT id, username, password FROM user ORDER BY id")]
+        return list(self.each_user())
+
+    def each_user(self):
+        """All Users by their ids; read in parts, for there may be many."""
+        last = -1
+        query = f"SELECT id, username, password FROM user WHERE id > ? ORDER BY id LIMIT {AT_ONCE:d}"
+        while rows := self._read(query, last):
+            yield from (User(*row) for row in rows)
+            last = rows[-1][0]
 
     @again
     def add_user(self, username, password_hash):
@@ -750,6 +759,27 @@ class Store:
             if there:
                 raise Conflict(f"There is a user {username!r} already")
             return run("INSERT INTO user (username, password) VALUES (?, ?)", username, password_hash).lastrowid
+
+    def add_users(self, users, skip=False, progress=lambda done: None):
+        """Add (user name, password hash) pairs, all or none; return how many.
+
+        With `skip` those whose names are taken are left out, else Conflict names the first of them.
+        """
+        with self.transaction() as run:
+            taken = {name for (name,) in run("SELECT username FROM user" + self.lock).fetchall()}
+            wanted = []
+            for username, password_hash in users:
+                if username not in taken:
+                    taken.add(username)
+                    wanted.append((username, password_hash))
+                elif not skip:
+                    raise Conflict(f"There is a user {username!r} already, or twice in the file; nothing was imported")
+            for first in range(0, len(wanted), AT_ONCE):
+                batch = wanted[first : first + AT_ONCE]
+                marks = ", ".join(["(?, ?)"] * len(batch))
+                run(f"INSERT INTO user (username, password) VALUES {marks}", *(text for pair in batch for text in pair))
+                progress(first + len(batch))
+        return len(wanted)
 
     @again
     def replace_hash(self, user, password_hash):
@@ -2972,7 +3002,7 @@ def init_command(settings, args):
 
 def user_command(settings, args):
     with contextlib.closing(Store.open(settings)) as store:
-        if args.action is not user_add:
+        if args.action not in (user_add, user_import):
             demand_file(store)
         store.prepare()
         args.action(SignIn(settings, None, store), args)
@@ -3003,12 +3033,56 @@ def user_passwd(sign_in, args):
 def user_list(sign_in, args):
     """List users: id, user name, method of the password hash, number of sessions."""
     sessions = sign_in.store.count_sessions(time.time())
-    for user in sign_in.store.list_users():
+    for user in sign_in.store.each_user():
         hashed = read_hash(user.password_hash)
         method = f"{hashed.method}:{hashed.rounds}".removesuffix(":0") if hashed else "no usable hash"
         state = "locked" if user.is_locked else method
         name = user.username or "(no name)"
         print(f"{user.id}\t{name if name.isprintable() else ascii(name)}\t{state}\t{sessions.get(user.id, 0)}")
+
+
+def user_export(sign_in, args):
+    """Write all users to standard output, a line of JSON each: user name and password hash."""
+    nameless = 0
+    for user in sign_in.store.each_user():
+        if user.username:
+            print(json.dumps({"username": user.username, "password_hash": user.password_hash or ""}))
+        else:
+            nameless += 1
+    if nameless:
+        print(f"server.py: {nameless} users have no name and were left out", file=sys.stderr)
+
+
+def user_import(sign_in, args):
+    """Add the users of an export, read from standard input: all, or none where one cannot be added."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise BadRequest("Give the export on standard input: user import < FILE")
+    users = [read_exported(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip()]
+
+    def progress(done):
+        if sys.stderr.isatty():
+            print(f"\r{done:,} of {len(users):,}", end="", file=sys.stderr, flush=True)
+
+    count = sign_in.store.add_users(users, args.skip_existing, progress)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    event("users_imported", number=count)
+    left = f", {len(users) - count} left out, whose names were there" if args.skip_existing else ""
+    print(f"{count} users imported into {sign_in.store.database}{left}")
+
+
+def read_exported(line, number):
+    """(user name, password hash) of one line. Raises BadRequest, which does not repeat the hash."""
+    try:
+        user = json.loads(line)
+        username, password_hash = user["username"], user["password_hash"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadRequest(f'Line {number} is not {{"username": …, "password_hash": …}}; nothing was imported') from None
+    if not is_text(username) or len(username) > 255:
+        raise BadRequest(f"Line {number}: a user name is text of 1 to 255 characters; nothing was imported")
+    if not isinstance(password_hash, str) or not read_hash(password_hash.removeprefix(LOCKED)):
+        raise BadRequest(f"Line {number}: {username!r} has no hash that sign-in can verify; nothing was imported")
+    return username, password_hash
 
 
 def user_logout(sign_in, args):
@@ -3179,7 +3253,7 @@ def flag_of(field):
     return "--" + field.name.replace("_", "-")
 
 
-ALL_FLAGS = ["--help", "--version", "--demo", "--alg"]
+ALL_FLAGS = ["--help", "--version", "--demo", "--alg", "--skip-existing"]
 ALL_FLAGS += [flag_of(field) for field in dataclasses.fields(Settings) if field.metadata["flag"]]
 
 
@@ -3206,7 +3280,10 @@ def make_parser():
     for name, action in USER_ACTIONS.items():
         used = {user_add: ["pbkdf2_iterations"], user_passwd: ["pbkdf2_iterations"], user_unlock: ["keys"]}
         one = add(actions, name, action, "database", *used.get(action, ()), command=user_command, action=action)
-        if action is not user_list:
+        if action is user_import:
+            text = "leave out users whose names are there already; without it, they refuse the whole import"
+            one.add_argument("--skip-existing", action="store_true", help=text)
+        elif action not in (user_list, user_export):
             one.add_argument("name", metavar="NAME")
     key = commands.add_parser("key", help="list, add and retire the keys that sign tokens")
     actions = key.add_subparsers(title="actions", metavar="ACTION", required=True)
@@ -3236,6 +3313,8 @@ USER_ACTIONS = {
     "add": user_add,
     "passwd": user_passwd,
     "list": user_list,
+    "export": user_export,
+    "import": user_import,
     "logout": user_logout,
     "lock": user_lock,
     "unlock": user_unlock,

@@ -3021,6 +3021,91 @@ class ServiceTest(ServiceCase):
         self.assertEqual({json.loads(line)["event"] for line in service.log.splitlines()}, {"login"})
 
 
+class ExportTest(CommandLineCase):
+    HASHES = [vector for vector, _ in PasswordsTest.VECTORS[:4]]
+
+    def export(self):
+        status, lines, errors = self.run_main("user", "export")
+        self.assertEqual((status, errors), (0, ""))
+        return lines
+
+    def into(self, database, lines, *arguments):
+        with mock.patch.dict(os.environ, {"AUTH_DATABASE": database}):
+            return self.run_main("user", "import", *arguments, typed=lines)
+
+    def databases(self):
+        yield f"sqlite:///{self.folder}/other.db"
+        if mariadb:
+            name = mariadb.new_database()
+            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
+            yield mariadb.url(name)
+
+    def test_what_is_exported_is_imported_elsewhere(self):
+        names = ["alice", "Ærøskøbing", "日本語😀", 'a"b\\c', *(f"user{number}" for number in range(1000))]
+        for number, name in enumerate(names):
+            lock = server.LOCKED if number == 1 else ""
+            self.store.add_user(name, lock + self.HASHES[number % len(self.HASHES)])
+        lines = self.export()
+        self.assertEqual(json.loads(lines.splitlines()[0]), {"username": "alice", "password_hash": self.HASHES[0]})
+        for database in self.databases():
+            with self.subTest(database):
+                where = server.parse_database(database)
+                self.assertEqual(self.into(database, lines), (0, f"1004 users imported into {where}\n", ""))
+                with mock.patch.dict(os.environ, {"AUTH_DATABASE": database}):
+                    self.assertEqual(self.export(), lines)
+
+    def test_names_that_are_there_refuse_the_import_or_are_left_out(self):
+        self.store.add_user("alice", self.HASHES[0])
+        line = '{"username": "%s", "password_hash": "%s"}\n'
+        lines = line % ("bob", self.HASHES[0]) + line % ("alice", self.HASHES[1])
+        status, _, errors = self.into(self.database, lines)
+        self.assertEqual(status, 1)
+        self.assertIn("'alice' already, or twice in the file; nothing was imported", errors)
+        self.assertEqual(len(self.store.list_users()), 1)
+        expected = f"1 users imported into {self.database}, 1 left out, whose names were there\n"
+        self.assertEqual(self.into(self.database, lines, "--skip-existing"), (0, expected, ""))
+        self.assertEqual(self.store.find_user("alice").password_hash, self.HASHES[0])
+        self.assertEqual(self.into(self.database, line % ("eve", self.HASHES[0]) * 2)[0], 1)
+        self.assertIsNone(self.store.find_user("eve"))
+
+    def test_a_line_that_is_wrong_refuses_the_import(self):
+        good = json.dumps({"username": "bob", "password_hash": self.HASHES[0]})
+        for line, words in [
+            ("bob", 'Line 2 is not {"username": …, "password_hash": …}'),
+            ('["bob"]', "Line 2 is not"),
+            ('{"username": "bob"}', "Line 2 is not"),
+            ("[" * 100_000, "Line 2 is not"),
+            (good.replace('"bob"', "1"), "Line 2: a user name is"),
+            (good.replace('"bob"', '""'), "Line 2: a user name is"),
+            (good.replace('"bob"', '"\\ud800"'), "Line 2: a user name is"),
+            ('{"username": "bob", "password_hash": "hunter2"}', "Line 2: 'bob' has no hash"),
+            ('{"username": "bob", "password_hash": null}', "Line 2: 'bob' has no hash"),
+        ]:
+            with self.subTest(line[:40]):
+                status, output, errors = self.into(self.database, f"{good}\n{line}\n")
+                self.assertEqual((status, output), (1, ""))
+                self.assertIn(words, errors)
+                self.assertIn("nothing was imported", errors)
+                self.assertNotIn("hunter2", errors)
+                self.assertEqual(self.store.list_users(), [])
+
+    def test_progress_is_shown_on_a_terminal(self):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        lines = "".join(
+            json.dumps({"username": f"user{number}", "password_hash": self.HASHES[0]}) + "\n" for number in range(900)
+        )
+        with (
+            mock.patch("sys.stdin", io.StringIO(lines)),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(Terminal()) as errors,
+        ):
+            self.assertEqual(server.main(["user", "import"]), 0)
+        self.assertEqual(errors.getvalue(), "\r400 of 900\r800 of 900\r900 of 900\n")
+
+
 class DoctorTest(CommandLineCase):
     """doctor says what is wrong, and how to mend it."""
 
@@ -4400,6 +4485,16 @@ class ReadmeTest(MySQLCase):
         """The one block of shell commands that this text is in."""
         [block] = [block for block in self.blocks("sh") if text in block]
         return block
+
+    def test_moving_from_sqlite_to_mariadb(self):
+        self.environment["AUTH_PBKDF2_ITERATIONS"] = "1"
+        block = self.block_with("user export").replace("mysql://rest-auth:password@127.0.0.1:3306/auth", self.database)
+        block = block.replace(".venv/bin/python", sys.executable)
+        add = f"echo 'correct horse' | {sys.executable} server.py user add alice\n"
+        options = {"cwd": self.folder, "env": self.environment, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "-c", f"set -e\n{add}{block}"], **options)
+        self.assertIn("1 users imported into mysql://", done.stdout, done.stderr)
+        self.assertIn("access_token", self.sign_in.login("alice", "correct horse", time.time()))
 
     def test_several_hosts(self):
         show = f"{sys.executable} -c 'import server; print(server.Settings.load())'"
