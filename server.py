@@ -75,6 +75,7 @@ import waitress.utilities
 from bottle import Bottle, HTTPResponse, PluginError, request, response
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
+from waitress.proxy_headers import proxy_headers_middleware
 
 __version__ = "0.1.0"
 
@@ -160,7 +161,7 @@ class Settings:
     database: str = setting(
         "sqlite:///auth.db", "sqlite:///FILE, or mysql://USER:PASSWORD@HOST:PORT/NAME; sqlite:// is memory", shown=False
     )
-    host: str = setting("127.0.0.1", "address to listen on, or the path of a unix socket")
+    host: str = setting("127.0.0.1", "address to listen on, or the absolute path of a unix socket")
     port: int = setting(5000, "port to listen on; 0 takes a free one", (0, 65535))
     secret_key: str = setting(
         "", "HS256 secret, at least 32 bytes; with a key file as well, that one signs", shown=False, flag=False
@@ -181,7 +182,7 @@ class Settings:
     )
     throttle_address: int = setting(50, "failed sign-ins from one address in 10 minutes; 0 is off", (0, LOTS))
     throttle_name: int = setting(100, "failed sign-ins by one name in an hour, from new addresses; 0 is off", (0, LOTS))
-    processes: int = setting(1, "processes that serve, one for each core at the most", (1, 64))
+    processes: int = setting(1, "processes that serve; more than there are cores are of no use", (1, 64))
     stop_timeout: int = setting(20, "seconds that running requests have to finish after SIGTERM", (0, 3600))
     threads: int = setting(16, "requests worked on at once, beside sign-ins", (1, 256))
     metrics: str = setting("", "PORT or ADDRESS:PORT for GET /metrics; without an address 127.0.0.1")
@@ -191,7 +192,9 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_setting(field, getattr(self, field.name))
-        parse_database(self.database)
+        database = parse_database(self.database)
+        if self.processes > 1 and database.kind == "sqlite" and not database.name:
+            raise SettingsError("processes: a database in memory is one process's own; leave it at 1, or name a file")
         if self.secret_key:
             check_secret(self.secret_key.encode("utf-8", "surrogateescape"))
         if not self.host:
@@ -2699,9 +2702,14 @@ class StrictParser(HTTPRequestParser):
             raise ParsingError("has no version or host that is one")
         if getattr(self.adj, "is_stopping", False):
             self.headers["CONNECTION"] = "close"
-        if forwarded := self.headers.get("X_FORWARDED_FOR"):  # waitress takes the last colon of these for a port's
-            plain = re.sub(r"\[([^\]]*)\](:\d+)?", r"\1", forwarded)
-            self.headers["X_FORWARDED_FOR"] = re.sub(r"(?i)::ffff:(\d+(\.\d+){3})", r"\1", plain)
+        if forwarded := self.headers.get("X_FORWARDED_FOR"):
+            self.headers["X_FORWARDED_FOR"] = plain_addresses(forwarded)
+
+
+def plain_addresses(forwarded):
+    """X-Forwarded-For without brackets, ports and mapped IPv4: waitress takes the last colon of these for a port's."""
+    plain = re.sub(r"\[([^\]]*)\](:\d+)?", r"\1", forwarded)
+    return re.sub(r"(?i)::ffff:(\d+(\.\d+){3})", r"\1", plain)
 
 
 class StrictChannel(HTTPChannel):
@@ -2909,7 +2917,6 @@ def url_of(listener):
 
 def waitress_settings(settings):
     """waitress's defaults suit an inner network; these suit an open one."""
-    proxy = {"trusted_proxy_count": 1, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
     return {
         "threads": settings.threads,
         "connection_limit": connection_limit(),
@@ -2920,8 +2927,27 @@ def waitress_settings(settings):
         "max_request_body_size": 2**20,  # bytes; a body up to here is read, so that the client reads our 413
         "ident": None,
         "clear_untrusted_proxy_headers": bool(settings.trusted_proxy),  # else they are noted, and never believed
-        **(proxy | {"trusted_proxy": settings.trusted_proxy} if settings.trusted_proxy else {}),
+        **(PROXY | {"trusted_proxy": settings.trusted_proxy} if settings.trusted_proxy else {}),
     }
+
+
+PROXY = {"trusted_proxy_count": 1, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
+
+
+def behind_proxy(app, settings):
+    """The WSGI app for another server than waitress, with what waitress would do about trusted_proxy."""
+    waitress.utilities.Error.to_response = refusal_of_waitress
+    if not settings.trusted_proxy:
+        return app
+    believing = proxy_headers_middleware(app, settings.trusted_proxy, **PROXY)
+
+    def believing_plain_addresses(environ, start_response):
+        environ["REMOTE_ADDR"] = environ.get("REMOTE_ADDR") or "localhost"  # of a unix socket
+        if forwarded := environ.get("HTTP_X_FORWARDED_FOR"):
+            environ["HTTP_X_FORWARDED_FOR"] = plain_addresses(forwarded)
+        return believing(environ, start_response)
+
+    return believing_plain_addresses
 
 
 def connection_limit(wanted=4096, reserved=100):
@@ -2970,7 +2996,8 @@ def __getattr__(name):
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     set_logging_up()
-    globals()["app"] = make_app(Settings.load())
+    settings = Settings.load()
+    globals()["app"] = behind_proxy(make_app(settings), settings)
     return globals()["app"]
 
 

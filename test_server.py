@@ -370,6 +370,7 @@ class SettingsTest(unittest.TestCase):
             ({"AUTH_TOKEN_TTL": "0"}, "token_ttl: 0 is not between 1 and"),
             ({"AUTH_PORT": "65536"}, "port: 65536"),
             ({"AUTH_REALM": 'a"b'}, "realm"),
+            ({"AUTH_DATABASE": "sqlite://", "AUTH_PROCESSES": "2"}, "processes: a database in memory"),
             ({"AUTH_METRICS": "here"}, "metrics: give a port, such as 9100"),
             ({"AUTH_METRICS": "example.com:9100"}, "metrics: give a port"),
             ({"AUTH_METRICS": "70000"}, "metrics: give a port"),
@@ -3287,6 +3288,7 @@ class ProcessesTest(ServiceCase):
         environment |= {
             "AUTH_DATABASE": self.database,
             "AUTH_KEYS": f"{self.folder}/auth.keys",
+            "AUTH_TRUSTED_PROXY": "127.0.0.1",
             "PYTHONPATH": f"{packages}:{HERE}",
         }
         port = free_port()
@@ -3300,7 +3302,14 @@ class ProcessesTest(ServiceCase):
 
             wait_for(answers)
             self.assertEqual(self.get(("127.0.0.1", port), "/rest-auth"), 401)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            with contextlib.closing(connection):
+                headers = {"Content-Type": BadInputTest.FORM, "X-Forwarded-For": "203.0.113.7, [2001:db8::7]:4711"}
+                connection.request("POST", "/auth", "username=alice&password=correct+horse", headers)
+                self.assertEqual(connection.getresponse().status, 200)
             process.terminate()
+        [session] = self.store.list_sessions(1, time.time())
+        self.assertEqual(session.address, "2001:db8::7")  # the nearest, which the proxy itself has seen
 
     def test_only_the_app_is_made_on_demand(self):
         with self.assertRaises(AttributeError):
