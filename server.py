@@ -723,6 +723,10 @@ class Store:
         """The database's time, in seconds since 1970."""
         return time.time()  # SQLite has no other than ours
 
+    def failing_hosts(self):
+        """What is wrong with each host that cannot be used."""
+        return []
+
     def is_private(self):
         """Does nobody else read what goes to and from the database? It is on this host, or behind TLS."""
         return True
@@ -1243,6 +1247,10 @@ def is_timeout(error):
     return isinstance(error.__context__, TimeoutError)
 
 
+def is_on(variable):
+    return str(variable) not in ("0", "OFF")  # newer servers have words for it
+
+
 def host_of(connection):
     return connection.host, connection.port
 
@@ -1374,7 +1382,7 @@ class MySQLStore(Store):
             with contextlib.suppress(pymysql.Error, RuntimeError, OSError):
                 with contextlib.closing(self._connect_to(*host)) as connection:
                     [[read_only]] = self._run(connection, "SELECT @@read_only").fetchall()
-                if str(read_only) in ("0", "OFF") or self._best_host() is None:
+                if not is_on(read_only) or self._best_host() is None:
                     event("database_host_back", host=place_of(host))
                     del down[host]
                     return
@@ -1390,6 +1398,16 @@ class MySQLStore(Store):
 
     def clock(self):
         return float(self._read("SELECT UNIX_TIMESTAMP(NOW(3))")[0][0])
+
+    def failing_hosts(self):
+        for host in self.database.hosts:
+            try:
+                with contextlib.closing(self._connect_to(*host)) as connection:
+                    [[read_only]] = self._run(connection, "SELECT @@read_only").fetchall()
+                if is_on(read_only):
+                    yield f"{place_of(host)} is read-only"
+            except (pymysql.Error, RuntimeError, OSError) as error:
+                yield f"{place_of(host)}: {error.args[-1]}"
 
     def is_private(self):
         if "unix_socket" in self.database.options or all(is_loopback(host) for host, _ in self.database.hosts):
@@ -2737,12 +2755,12 @@ def serve(app, settings, announce):
 
 
 class Stop:
-    """`is_set` from the first SIGINT or SIGTERM on, which then calls `hook`; a second one ends the process at once."""
+    """`is_set` from the first SIGINT or SIGTERM on, which calls `first`; the others call `second`."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.is_set, self.hook = False, lambda: None
+        self.is_set, self.first, self.second = False, lambda: None, lambda: os._exit(1)
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._set) for number in self.SIGNALS}
@@ -2753,10 +2771,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _set(self, *_):
-        if self.is_set:
-            os._exit(1)
+        call = self.second if self.is_set else self.first
         self.is_set = True
-        self.hook()
+        call()
 
 
 def work(app, settings, stop, listener, scraped=None):
@@ -2776,7 +2793,7 @@ def work(app, settings, stop, listener, scraped=None):
     if scraped:
         options |= {"threads": 1, "sockets": [scraped]}
         waitress.create_server(make_metrics_app(sign_in), server._map, **options)
-    stop.hook = server.pull_trigger
+    stop.first = server.pull_trigger
     while not stop.is_set:
         turn(server, 1)
     finish(server, settings.stop_timeout)
@@ -2815,14 +2832,21 @@ def supervise(work, count, stop, listeners):
     children = {}  # {process id: its place, from 0 on}
     alive, mine = os.pipe()  # a child ends when this pipe does: even a parent that is killed leaves none behind
 
-    def end_all():
-        for listener in listeners:
-            listener.close()
+    def end_all(number):
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, number)
 
-    stop.hook = end_all
+    def first():
+        for listener in listeners:
+            listener.close()
+        end_all(signal.SIGTERM)
+
+    def second():
+        end_all(signal.SIGKILL)
+        os._exit(1)
+
+    stop.first, stop.second = first, second
     while children or not stop.is_set:
         for place in set(range(count)) - set(children.values()):
             signal.pthread_sigmask(signal.SIG_BLOCK, Stop.SIGNALS)  # until the child is one that end_all() knows
@@ -2844,7 +2868,9 @@ def start_child(work, stop, place, alive, mine):
     if pid == 0:
         status = 1
         try:
-            stop.hook = lambda: None
+            stop.first = stop.second = lambda: (
+                None
+            )  # Ctrl-C and systemd signal to all, and then the parent does as well
             os.close(mine)
             threading.Thread(target=end_with_parent, args=[alive], daemon=True).start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
@@ -3235,6 +3261,8 @@ def doctor_store(settings, store):
         for address in store.get_forwarders(time.time()):
             if address != settings.trusted_proxy:
                 yield f"X-Forwarded-For came from {address} today: if that is your proxy, name it in AUTH_TRUSTED_PROXY"
+    for problem in store.failing_hosts():
+        yield f"{store.database}: {problem}; mend that host, or take it out of the URL"
     ahead = store.clock() - time.time()
     if abs(ahead) > settings.leeway:
         yield f"{store.database}: its clock is {ahead:+.0f} s from this machine's; run NTP on both"

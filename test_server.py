@@ -3177,6 +3177,12 @@ class DoctorTest(CommandLineCase):
 
 
 class MySQLDoctorTest(MySQLCase):
+    def test_each_host_is_looked_at(self):
+        dead = free_port()
+        self.database = self.database.replace("/t", f",127.0.0.1:{dead}/t")
+        [problem] = self.store.failing_hosts()
+        self.assertRegex(problem, f"^127.0.0.1:{dead}: .*refused")
+
     def test_the_servers_clock_and_the_way_to_it(self):
         self.assertAlmostEqual(self.store.clock(), time.time(), delta=5)
         self.assertTrue(self.store.is_private())
@@ -4071,6 +4077,19 @@ class StopTest(FailureCase):
                         self.assertEqual(first.stop(signal.SIGTERM), 0)
                         self.assertEqual({future.result() for future in futures}, {200})
                         self.assertEqual(second.request("GET", "/health")[0], 200)
+
+    def test_a_signal_to_the_whole_group_is_one_and_not_two(self):
+        """Ctrl-C and systemd send theirs to the children as well, and the parent passes its own on."""
+        environment = self.use(self.database) | {"AUTH_PBKDF2_ITERATIONS": "100000"}
+        self.store.add_user("alice", server.hash_password("correct horse", 100000))
+        with Service(self.folder, "--processes", "2", **environment) as service:
+            wait_for(lambda: len(ProcessesTest.children(self, service)) == 2)
+            futures = self.in_flight(service, checks=0, sign_ins=30)
+            wait_for(lambda: any(future.done() for future in futures))
+            for pid in [*ProcessesTest.children(self, service), service.process.pid]:
+                os.kill(pid, signal.SIGINT)
+            self.assertEqual({future.result() for future in futures}, {200})
+            self.assertEqual(service.process.wait(30), 0)
 
     def test_every_request_is_answered_by_one_that_stops_alone(self):
         environment = self.use(self.database) | {"AUTH_PBKDF2_ITERATIONS": "100000"}
