@@ -239,8 +239,8 @@ def parse_listener(text):
     """("127.0.0.1", 9100) of "9100", or the address that it names. Raises SettingsError."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
-    if not is_address(host) or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise SettingsError("metrics: give a port, such as 9100, or an address and a port, such as 10.0.0.5:9100")
+    if not is_address(host) or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise SettingsError("metrics: give a port, such as 9100, or an IP address and a port, such as 10.0.0.5:9100")
     return host, int(port)
 
 
@@ -881,6 +881,10 @@ class Store:
         """How many sessions there are, all users together."""
         return self._read("SELECT COUNT(*) FROM auth_session WHERE expires > ?", int(now))[0][0]
 
+    def kids_since(self, when):
+        """The kids of the keys that signed lately, on whatever host."""
+        return [kid for (kid,) in self._read("SELECT DISTINCT kid FROM auth_session WHERE rotated > ?", int(when))]
+
     def list_sessions(self, user_id, now):
         """The user's Sessions that have not expired, newest first."""
         query = f"SELECT {SESSION} FROM auth_session WHERE user_id = ? AND expires > ? ORDER BY created DESC, id"
@@ -1325,8 +1329,7 @@ class MySQLStore(Store):
                 raise pymysql.OperationalError(0, str(error)) from None
             except pymysql.Error as error:
                 failure = error
-                if self._is_dead(error) or error.args[0] in GONE:
-                    self._leave_host(host, error)
+                self._judge(host, error, REFUSING | LOST)
         raise failure
 
     def _connect_to(self, host, port):
@@ -1361,10 +1364,13 @@ class MySQLStore(Store):
                 raise
 
     def _learn(self, connection, error):
-        number = number_of(error)
-        others = any(host not in self._down for host in self.database.hosts if host != host_of(connection))
-        if number in GONE or is_timeout(error) or (number in REFUSING and others):
-            self._leave_host(host_of(connection), error)
+        self._judge(host_of(connection), error, REFUSING)
+
+    def _judge(self, host, error, doubtful):
+        """Leave a host alone that has failed; for a doubtful reason only where there is another."""
+        others = any(other not in self._down for other in self.database.hosts if other != host)
+        if number_of(error) in GONE or is_timeout(error) or (others and number_of(error) in doubtful):
+            self._leave_host(host, error)
 
     def _leave_host(self, host, error):
         """Leave a host alone until it answers again. A thread looks for that, so that no request waits for it."""
@@ -1790,11 +1796,25 @@ def create_key_file(path):
             replace_key_file(path, [new_jwk("HS256")])
 
 
-def rotate_key_file(path, algorithm=None):
-    """Put a new key first, for the algorithm of the first one unless told, and return it. Raises SettingsError."""
+def rotate_key_file(path, algorithm=None, signs=True):
+    """Put a new key first, or second where it shall only verify as yet; for the first one's algorithm unless told.
+
+    Returns the new Key. Raises SettingsError.
+    """
     with key_file_to_change(path) as jwks:
         first = Key.from_jwk(jwks[0]).algorithm if jwks else "HS256"
-        jwks.insert(0, new_jwk(algorithm or first))
+        jwk = new_jwk(algorithm or first)
+        jwks.insert(0 if signs else 1, jwk)
+        return Key.from_jwk(jwk)
+
+
+def promote_key(path, kid):
+    """Put a key that is in the file first. Raises SettingsError."""
+    with key_file_to_change(path) as jwks:
+        found = [jwk for jwk in jwks if Key.from_jwk(jwk).kid == kid]
+        if not found:
+            raise SettingsError(f"key file {path}: there is no key {kid!r}; `key list` shows which there are")
+        jwks[:] = found + [jwk for jwk in jwks if jwk not in found]
         return Key.from_jwk(jwks[0])
 
 
@@ -3111,6 +3131,8 @@ def user_import(sign_in, args):
     if sys.stdin is None or sys.stdin.isatty():
         raise BadRequest("Give the export on standard input: user import < FILE")
     users = [read_exported(line, number) for number, line in enumerate(sys.stdin, 1) if line.strip()]
+    if not users:
+        raise BadRequest("Standard input holds no users; nothing was imported")
 
     def progress(done):
         if sys.stderr.isatty():
@@ -3174,6 +3196,20 @@ def key_list(settings, args):
 def key_rotate(settings, args):
     """Add a new key, which signs from now on; the others go on verifying."""
     key = rotate_key_file(settings.keys, args.alg)
+    event("key_rotated", signs=key.kid)
+    print(f"{key.kid} signs now, with {key.algorithm}, from {settings.keys}")
+
+
+def key_add(settings, args):
+    """Add a new key that only verifies, until `key promote`: to hand it out to other hosts first."""
+    key = rotate_key_file(settings.keys, args.alg, signs=False)
+    event("key_rotated", verify=[key.kid])
+    print(f"{key.kid} is added to {settings.keys}; once all hosts have that file: server.py key promote {key.kid}")
+
+
+def key_promote(settings, args):
+    """Let a key that is there sign from now on; the others go on verifying."""
+    key = promote_key(settings.keys, args.kid)
     event("key_rotated", signs=key.kid)
     print(f"{key.kid} signs now, with {key.algorithm}, from {settings.keys}")
 
@@ -3261,6 +3297,10 @@ def doctor_store(settings, store):
         for address in store.get_forwarders(time.time()):
             if address != settings.trusted_proxy:
                 yield f"X-Forwarded-For came from {address} today: if that is your proxy, name it in AUTH_TRUSTED_PROXY"
+        with contextlib.suppress(SettingsError):  # which doctor_files tells
+            kids = {key.kid for key in KeySet.load(settings).keys}
+            for kid in set(store.kids_since(time.time() - 3600)) - kids:
+                yield f"key {kid} signed in the last hour and is not here; copy the key file from the host that has it"
     for problem in store.failing_hosts():
         yield f"{store.database}: {problem}; mend that host, or take it out of the URL"
     ahead = store.clock() - time.time()
@@ -3343,9 +3383,11 @@ def make_parser():
     key = commands.add_parser("key", help="list, add and retire the keys that sign tokens")
     actions = key.add_subparsers(title="actions", metavar="ACTION", required=True)
     add(actions, "list", key_list, "keys", command=key_list)
-    rotate = add(actions, "rotate", key_rotate, "keys", command=key_rotate)
-    rotate.add_argument("--alg", choices=ALGORITHMS, help="(default: that of the key that signs now)")
-    add(actions, "retire", key_retire, "keys", command=key_retire).add_argument("kid", metavar="KID")
+    for name, run in [("rotate", key_rotate), ("add", key_add)]:
+        command = add(actions, name, run, "keys", command=run)
+        command.add_argument("--alg", choices=ALGORITHMS, help="(default: that of the key that signs now)")
+    for name, run in [("promote", key_promote), ("retire", key_retire)]:
+        add(actions, name, run, "keys", command=run).add_argument("kid", metavar="KID")
     return parser
 
 

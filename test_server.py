@@ -374,6 +374,7 @@ class SettingsTest(unittest.TestCase):
             ({"AUTH_METRICS": "here"}, "metrics: give a port, such as 9100"),
             ({"AUTH_METRICS": "example.com:9100"}, "metrics: give a port"),
             ({"AUTH_METRICS": "70000"}, "metrics: give a port"),
+            ({"AUTH_METRICS": "0"}, "metrics: give a port"),
             ({"AUTH_SECRET_KEY": "secret-key"}, "published.*secrets.token_urlsafe"),
             ({"AUTH_SECRET_KEY": "a-string-secret-at-least-256-bits-long"}, "published"),
             ({"AUTH_SECRET_KEY": "x" * 31}, "shorter than 32 bytes.*secrets.token_urlsafe"),
@@ -1178,6 +1179,37 @@ class RotationTest(Case):
                 self.keys.verify(str(number), NOW + 1)
                 if number % 1000 == 0:
                     self.assertLessEqual(len(self.keys._verified), server.REMEMBERED)
+
+    def test_a_key_that_is_added_verifies_and_signs_once_it_is_promoted(self):
+        before = self.keys.keys[0].kid
+        added = server.rotate_key_file(self.path, "EdDSA", signs=False)
+        token = self.keys.sign(self.claims | {"iat": NOW + 2})
+        self.assertEqual(jwt.get_unverified_header(token)["kid"], before)
+        self.assertEqual([key.kid for key in self.keys.keys], [before, added.kid])
+        self.assertEqual(server.promote_key(self.path, added.kid).kid, added.kid)
+        token = self.keys.sign(self.claims | {"iat": NOW + 4})
+        self.assertEqual(jwt.get_unverified_header(token)["kid"], added.kid)
+        with self.assertRaisesRegex(SettingsError, "there is no key 'x'"):
+            server.promote_key(self.path, "x")
+
+    def test_two_hosts_change_keys_and_refuse_nothing(self):
+        """As the README tells: add here, copy there, then promote on each; in between each verifies the other's."""
+        other = self.path.with_name("other.keys")
+        shutil.copy(self.path, other)
+        here, there = self.keys, KeySet.load(dataclasses.replace(self.settings, keys=str(other)))
+        added = server.rotate_key_file(self.path, signs=False).kid
+        now = NOW
+        for step in [
+            lambda: None,
+            lambda: shutil.copy(self.path, other),
+            lambda: server.promote_key(self.path, added),
+            lambda: server.promote_key(other, added),
+        ]:
+            step()
+            now += 2
+            for one, another in [(here, there), (there, here)]:
+                self.assertTrue(another.verify(one.sign(self.claims | {"iat": now, "exp": now + 300}), now))
+        self.assertEqual({keys.signing_kid(now) for keys in (here, there)}, {added})
 
     def test_a_file_that_could_not_be_read_is_tried_again(self):
         self.rotate()
@@ -3090,6 +3122,9 @@ class ExportTest(CommandLineCase):
                 self.assertNotIn("hunter2", errors)
                 self.assertEqual(self.store.list_users(), [])
 
+    def test_an_export_that_failed_is_no_import_of_nobody(self):
+        self.assert_fails(["user", "import"], 1, "Standard input holds no users; nothing was imported", typed="\n")
+
     def test_progress_is_shown_on_a_terminal(self):
         class Terminal(io.StringIO):
             def isatty(self):
@@ -3154,6 +3189,16 @@ class DoctorTest(CommandLineCase):
             with self.subTest(words):
                 self.assertRegex("\n".join(found), words)
         self.assertEqual(len(found), 9 + 2)  # and the hashes of users 3 and 4
+
+    def test_a_key_that_only_another_host_has(self):
+        self.store.add_user("alice", server.hash_password("correct horse"))
+        there = dataclasses.replace(self.settings, secret_key="", keys=str(self.folder / "there.keys"))
+        with contextlib.closing(server.open_sign_in(there)) as other:
+            other.login("alice", "correct horse", time.time())
+            [line] = self.doctor()
+            self.assertRegex(line, "^key .* signed in the last hour and is not here; copy the key file")
+            shutil.copy(there.keys, self.folder / "auth.keys")
+        self.assertEqual(self.doctor(), [f"all is well with {self.database}"])
 
     def test_weak_settings(self):
         found = self.doctor("--pbkdf2-iterations", "1", "--throttle-pair", "0", "--throttle-name", "0")
@@ -4513,6 +4558,25 @@ class ReadmeTest(MySQLCase):
         """The one block of shell commands that this text is in."""
         [block] = [block for block in self.blocks("sh") if text in block]
         return block
+
+    def test_backing_up_and_putting_back(self):
+        if not program("sqlite3"):
+            FailureCase.fail_or_skip(self, "no sqlite3 here: apt install sqlite3")
+        options = {"cwd": self.folder, "env": self.environment, "check": True}
+        settings = Settings(database=self.database_of_folder(), secret_key=SECRET)
+        with contextlib.closing(server.open_sign_in(settings)) as sign_in:
+            sign_in.store.add_user("alice", server.hash_password("correct horse", 1))
+            token = sign_in.login("alice", "correct horse", NOW)["access_token"]
+            subprocess.run(["bash", "-c", self.block_with(".backup")], **options)
+            sign_in.store.add_user("bob", "x")
+        self.assertEqual(stat.S_IMODE((self.folder / "copy.db").stat().st_mode), 0o600)
+        back = "rm -f auth.db-wal auth.db-shm; cp copy.db auth.db; sqlite3 auth.db 'DELETE FROM auth_session'"
+        self.assertIn("run `sqlite3 auth.db 'DELETE FROM auth_session'`", README)
+        subprocess.run(["bash", "-c", back], **options)
+        with contextlib.closing(server.open_sign_in(settings)) as sign_in:
+            self.assertEqual([user.username for user in sign_in.store.list_users()], ["alice"])
+            with self.assertRaises(server.SessionEnded):
+                sign_in.authenticate(token, NOW)
 
     def test_moving_from_sqlite_to_mariadb(self):
         self.environment["AUTH_PBKDF2_ITERATIONS"] = "1"
