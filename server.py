@@ -46,6 +46,7 @@ import hmac
 import importlib.util
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -62,6 +63,7 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -174,7 +176,7 @@ class Settings:
         0, "seconds for which MySQL is not asked again about a session; SQLite needs none", (0, 60)
     )
     connect_timeout: int = setting(5, "seconds to wait for a connection to MySQL", (1, 300))
-    read_timeout: int = setting(10, "seconds to wait for an answer of MySQL", (1, 300))
+    read_timeout: int = setting(7, "seconds to wait for an answer of MySQL", (1, 300))
     leeway: int = setting(10, "seconds that the clocks of two hosts may differ", (0, 300))
     pbkdf2_iterations: int = setting(600_000, "cost of a password hash; OWASP's floor", (1, 9_999_999))
     throttle_pair: int = setting(
@@ -502,6 +504,8 @@ def read_django_pbkdf2(name, rounds, salt, digest):
 
 
 def read_werkzeug_scrypt(n, r, p, salt, digest):
+    if int(n) * int(r) * int(p) > 2**22:  # eight times what OWASP asks for; who knows the name may have us compute it
+        raise ValueError("too costly")
     costs = {"n": int(n), "r": int(r), "p": int(p), "maxmem": 256 * 2**20}  # bytes; werkzeug's default takes 32 MiB
     return StoredHash(
         f"scrypt:{n}:{r}:{p}", 0, partial(hashlib.scrypt, salt=salt.encode(), **costs), bytes.fromhex(digest)
@@ -521,7 +525,7 @@ def read_hash(stored):
     """The StoredHash in a string, or None where there is none that we know."""
     for pattern, read in HASH_FORMATS if isinstance(stored, str) else ():
         if parts := re.fullmatch(pattern, stored):
-            with contextlib.suppress(ValueError):  # a salt that is no Unicode
+            with contextlib.suppress(ValueError):  # a salt that is no Unicode, or a cost that is not to be paid
                 return read(*parts.groups())
     return None
 
@@ -681,7 +685,7 @@ class Store:
         self.database = database
         self._remembered = None, {}  # (version, what get_session has read since: {session id: (Session, User)})
         self._idle = []  # open connections, the last used on top
-        self._failing = set()  # of "read" and "write", what has failed last
+        self._failing = {}  # of "read" and "write", what fails: when it did so last
         self._pid = os.getpid()
         self._alone = contextlib.nullcontext()
 
@@ -1080,11 +1084,10 @@ class Store:
             if not self._is_passing(error):
                 count("database_errors_total")
                 if what not in self._failing:
-                    self._failing.add(what)
                     event("database_error", logging.ERROR, what=what, error=str(error))
+                self._failing[what] = time.monotonic()
             raise Unavailable() from error
-        if what in self._failing:
-            self._failing.discard(what)
+        if what in self._failing and time.monotonic() - self._failing.get(what, 0) > 1 and self._failing.pop(what, 0):
             event("database_back", what=what)
 
     def _learn(self, connection, error):
@@ -1131,6 +1134,7 @@ class SQLiteStore(Store):
     def __init__(self, database):
         super().__init__(database)
         self._wal_index = self._watch = None
+        self._numbers = itertools.count()  # of the indexes that were mapped: a new one begins with the same header
         self._path = os.path.realpath(database.name)  # a later chdir leads nowhere else
         self._address = Path(self._path).as_uri()
         if not database.name:  # in memory: a database of this name, alive while one connection is, for one at a time
@@ -1156,8 +1160,9 @@ class SQLiteStore(Store):
         self._leave_parents()
         index = self._wal_index
         if index is None:
-            index = self._wal_index = self._map_wal_index()
-        return index[:48] or None
+            index = self._wal_index = next(self._numbers), self._map_wal_index()
+        number, header = index[0], index[1][:48]
+        return (number, header) if header else None
 
     def _map_wal_index(self):
         """The file's bytes as they are at each look; b"" where there are none: in memory, or without WAL mode.
@@ -1193,6 +1198,9 @@ class SQLiteStore(Store):
     def _learn(self, connection, error):
         if "readonly" in str(error):  # a file that is writable again is so once all have closed it
             self._close_idle()
+        if "full" in str(error):  # the log may be all that fills the disk
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _run(self, connection, sql, *values):
         # AUTOINCREMENT, which MySQL spells otherwise: a token of a removed user must not fit the next one
@@ -1239,7 +1247,8 @@ def write_ahead(connection, tries=100):
 
 LOST = {2006, 2013, 1053, 1317, 1927, 4031}  # the connection ended: KILL, wait_timeout, a server that was restarted
 GONE = {2003, 1047}  # the host does not answer, or is a node of a cluster that has lost the others
-REFUSING = {1205, 1290, 1836}  # it cannot do this: waited too long for the cluster or a lock, or is read-only
+REFUSING = {1290, 1836}  # it is read-only
+WAITED = 1205  # for a lock, or a node of a cluster for the others
 LOOK_AGAIN = 1  # seconds between two looks for a host that has failed
 
 
@@ -1278,6 +1287,7 @@ class MySQLStore(Store):
         self._timeouts = {"connect_timeout": settings.connect_timeout}
         self._timeouts |= {"read_timeout": settings.read_timeout, "write_timeout": settings.read_timeout}
         self._down, self._marking = {}, threading.Lock()  # {(host, port) that has failed: its error}
+        self._nodes = weakref.WeakSet()  # connections to nodes of a Galera cluster
         self._closing = threading.Event()
 
     def close(self):
@@ -1329,7 +1339,7 @@ class MySQLStore(Store):
                 raise pymysql.OperationalError(0, str(error)) from None
             except pymysql.Error as error:
                 failure = error
-                self._judge(host, error, REFUSING | LOST)
+                self._judge(host, error, is_doubtful=True)
         raise failure
 
     def _connect_to(self, host, port):
@@ -1357,19 +1367,18 @@ class MySQLStore(Store):
         # that the host is gone.
         patience = max(1, self._timeouts["read_timeout"] // 2)
         self._run(connection, f"SET sql_mode = 'STRICT_ALL_TABLES', innodb_lock_wait_timeout = {patience}")
-        try:  # a Galera node shall wait for what the others have acknowledged before
-            self._run(connection, "SET wsrep_sync_wait = 7")
-        except pymysql.OperationalError as error:
-            if number_of(error) != 1193:  # a server that knows no clusters
-                raise
+        if self._run(connection, "SHOW VARIABLES LIKE 'wsrep_on'").fetchall() == (("wsrep_on", "ON"),):
+            self._run(connection, "SET wsrep_sync_wait = 7")  # for what the other Galera nodes have acknowledged before
+            self._nodes.add(connection)
 
     def _learn(self, connection, error):
-        self._judge(host_of(connection), error, REFUSING)
+        is_doubtful = number_of(error) in REFUSING or (number_of(error) == WAITED and connection in self._nodes)
+        self._judge(host_of(connection), error, is_doubtful)
 
-    def _judge(self, host, error, doubtful):
-        """Leave a host alone that has failed; for a doubtful reason only where there is another."""
+    def _judge(self, host, error, is_doubtful):
+        """Leave a host alone that has failed; where it may be up for others, only if there is another."""
         others = any(other not in self._down for other in self.database.hosts if other != host)
-        if number_of(error) in GONE or is_timeout(error) or (others and number_of(error) in doubtful):
+        if number_of(error) in GONE or is_timeout(error) or (others and is_doubtful):
             self._leave_host(host, error)
 
     def _leave_host(self, host, error):
@@ -1883,7 +1892,9 @@ def replace_key_file(path, jwks):
 # The rules, without HTTP: who gets a token, and whom a token stands for.
 
 
-RETRY_WINDOW = 10  # seconds in which the previous refresh token, sent again, is a client that lost the answer
+# Seconds in which the previous refresh token, sent again, is a client that lost the answer; more than read_timeout and
+# Retry-After together, after which comes back who was told 503 for a commit that was done all the same.
+RETRY_WINDOW = 10
 TOUCH_AFTER = 60  # seconds between two notes of a session's last use, for each is a write
 PRUNE_AT_ONCE = 10  # expired sessions deleted in passing; each sign-in adds one, so they cannot pile up
 TOKEN_TTL, TOKEN_MAX = 90 * DAY, 366 * DAY  # seconds that an API token lives unless told, and at the most
@@ -2642,7 +2653,7 @@ MEANINGS = {  # name, its type, and its meaning
     "process_start_time_seconds": ("gauge", "When the service was started, in seconds since 1970."),
     "process_resident_memory_bytes": ("gauge", "Resident memory, by process."),
 }
-STATUSES = (200, 201, 204, 304, 400, 401, 403, 404, 405, 408, 413, 429, 431, 500, 501, 503)
+STATUSES = "200 201 204 304 400 401 403 404 405 408 409 413 429 431 500 501 503 other".split()
 
 
 def make_counters(app, processes):
@@ -2665,7 +2676,8 @@ def counted(app):
         def start(status, *others):
             route = environ.get("bottle.route")
             label = label_of(route) if route else "none"
-            count(f'requests_total{{route="{label}",status="{status[:3]}"}}')
+            code = status[:3] if status[:3] in STATUSES else "other"
+            count(f'requests_total{{route="{label}",status="{code}"}}')
             return start_response(status, *others)
 
         return app(environ, start)
@@ -2896,6 +2908,7 @@ def start_child(work, stop, place, alive, mine):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
             if counters:
                 counters.place = place
+                count("hash_queue", 0, add=False)  # whatever the one before was at when it died
             work()
             status = 0
         finally:
@@ -2941,7 +2954,9 @@ def listen_at(path):
     try:
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
             with contextlib.suppress(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(path)
+                probe.settimeout(1)
+                with contextlib.suppress(TimeoutError, BlockingIOError):  # a live one that is too busy
+                    probe.connect(path)
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             os.unlink(path)
         listener.bind(path)
@@ -3149,7 +3164,7 @@ def user_import(sign_in, args):
 def read_exported(line, number):
     """(user name, password hash) of one line. Raises BadRequest, which does not repeat the hash."""
     try:
-        user = json.loads(line)
+        user = json.loads(line.removeprefix("\ufeff"))  # which some editors put there
         username, password_hash = user["username"], user["password_hash"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadRequest(f'Line {number} is not {{"username": …, "password_hash": …}}; nothing was imported') from None

@@ -471,6 +471,16 @@ class PasswordsTest(unittest.TestCase):
         ("pbkdf2_sha256$1000000$havf2BK4C6TBLNtYYg7f8c$ARTlA5z+gLmokNlMO6PuKn/LLBeuhy3qWI/mB8PpdPc=", "correct horse"),
     ]
 
+    def test_a_hash_that_costs_too_much_is_none(self):
+        """Whoever knows the name of its user could have the service compute it, again and again."""
+        for costs, is_read in [
+            ("32768:8:1", True),
+            ("131072:8:4", True),
+            ("131072:8:5", False),
+            ("131072:15:9", False),
+        ]:
+            self.assertEqual(server.read_hash(f"scrypt:{costs}$salt${'0' * 128}") is not None, is_read, costs)
+
     def test_hashes_of_other_programs_verify(self):
         for stored, password in self.VECTORS:
             with self.subTest(stored[:30]):
@@ -668,7 +678,7 @@ class SQLiteTest(Case):
     def test_the_version_is_another_after_each_commit_by_anybody_and_only_then(self):
         self.add_user()
         before = self.store.version(NOW)
-        self.assertEqual(len(before), 48)
+        self.assertEqual(len(before[1]), 48)
         self.store.find_user("alice")
         self.raw_sql("DELETE FROM user WHERE id = 99")
         self.assertEqual(self.store.version(NOW), before)
@@ -688,6 +698,19 @@ class SQLiteTest(Case):
             commit()
             self.assertNotIn(self.store.version(NOW), seen)
             seen.add(self.store.version(NOW))
+
+    def test_an_index_that_begins_anew_is_another_version(self):
+        """SQLite removes it with the last connection; the next begins with the same header."""
+        self.add_user()
+        token = self.sign_in.login("alice", "correct horse", NOW)["access_token"]
+        self.store.close()
+        identity, _ = self.sign_in.authenticate(token, NOW)
+        before = self.store.version(NOW)
+        self.sign_in.logout(identity, "local")
+        self.store._close_idle()
+        self.assertNotEqual(self.store.version(NOW), before)
+        with self.assertRaises(server.SessionEnded):
+            self.sign_in.authenticate(token, NOW)
 
     def test_looking_at_the_version_costs_sqlite_no_lock(self):
         """Or the next process to open the database would cut the WAL index off, and this one would die of SIGBUS."""
@@ -3916,6 +3939,44 @@ class MariaDBFailureTest(FailureCase):
         first.start()
         wait_for(lambda: self.store.find_user("alice"))
 
+    def test_a_host_that_hangs_or_turns_us_away_gives_way_to_the_next(self):
+        first, url = self.own_mariadb()
+        first.run("CREATE DATABASE there")
+        first.run("GRANT ALL ON there.* TO service@localhost")
+        hosts = f"127.0.0.1:{mariadb.port},127.0.0.1:{first.port}"
+        name = mariadb.new_database()
+        self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
+        self.use(url.replace(f"127.0.0.1:{first.port}", hosts).replace("/auth", "/there"))  # only the second has both
+        self.settings = dataclasses.replace(self.settings, read_timeout=1)
+        with self.assertLogs("auth", "WARNING") as logged:
+            self.store.prepare()
+            self.assertEqual(list(self.store._down), [("127.0.0.1", mariadb.port)])
+        self.assertIn("database_host_failed", logged.output[0])
+        first.process.send_signal(signal.SIGSTOP)
+        try:
+            hanging = dataclasses.replace(self.settings, database=first.url("auth", "service"))
+            with contextlib.closing(server.Store.open(hanging)) as store:
+                with self.assertRaises(server.Unavailable):  # in its handshake
+                    store.ping()
+                self.assertEqual(list(store._down), [("127.0.0.1", first.port)])
+        finally:
+            first.process.send_signal(signal.SIGCONT)
+
+    def test_waiting_for_a_lock_is_no_failure_of_the_host(self):
+        own, url = self.own_mariadb()
+        place = f"127.0.0.1:{own.port}"
+        self.use(url.replace(place, f"{place},127.0.0.1:{mariadb.port}"))
+        self.settings = dataclasses.replace(self.settings, read_timeout=2)
+        alice = self.store.get_user(self.add_user())
+        with contextlib.closing(own.connect("auth")) as other, other.cursor() as cursor:
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT * FROM user FOR UPDATE")
+            with self.assertRaises(server.Unavailable) as caught:
+                self.store.replace_hash(alice, "another")
+            self.assertEqual(caught.exception.__cause__.args[0], 1205)
+            self.assertEqual(self.store._down, {})
+        self.assertTrue(self.store.replace_hash(alice, "another"))
+
     def test_a_commit_whose_answer_was_lost_counts_once(self):
         """The connection dies after COMMIT has been sent, as `kill -9` of the server can have it."""
         own, url = self.own_mariadb()
@@ -3974,6 +4035,7 @@ class SQLiteFailureTest(FailureCase):
             os.unlink(disk / "rubbish")
             self.assertEqual(client.refresh(), 200)
             self.assertEqual(client.sign_in(), 200)
+            wait_for(lambda: client.refresh() == 200 and "database_back" in service.read_log())
         self.sign_in.close()
         self.assertIn('"error": "database or disk is full"', service.log)
         self.assertIn("database_back", service.log)
