@@ -2861,7 +2861,7 @@ def finish(server, seconds):
 
 def supervise(work, count, stop, listeners):
     """Keep so many child processes at `work`: one that dies is replaced; the stop ends all, and then this."""
-    children = {}  # {process id: its place, from 0 on}
+    children = {}  # {process id: (its place, from 0 on, and when it was started)}
     alive, mine = os.pipe()  # a child ends when this pipe does: even a parent that is killed leaves none behind
 
     def end_all(number):
@@ -2880,18 +2880,19 @@ def supervise(work, count, stop, listeners):
 
     stop.first, stop.second = first, second
     while children or not stop.is_set:
-        for place in set(range(count)) - set(children.values()):
+        for place in set(range(count)) - {place for place, _ in children.values()}:
             signal.pthread_sigmask(signal.SIG_BLOCK, Stop.SIGNALS)  # until the child is one that end_all() knows
             if not stop.is_set:
-                children[start_child(work, stop, place, alive, mine)] = place
+                children[start_child(work, stop, place, alive, mine)] = place, time.monotonic()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
-        began = time.monotonic()
-        with contextlib.suppress(ChildProcessError):
-            pid, status = os.wait()
-            children.pop(pid, None)
-            if not stop.is_set:
-                event("process_died", logging.ERROR, pid=pid, status=status)
-                time.sleep(0 if time.monotonic() - began > 1 else 1)  # one that cannot start is not tried without pause
+        pid, status = os.waitpid(-1, os.WNOHANG) if children else (0, 0)
+        if not pid:
+            time.sleep(0.1)  # and not in os.wait(), which a signal that comes just before it does not end
+            continue
+        _, started = children.pop(pid)
+        if not stop.is_set:
+            event("process_died", logging.ERROR, pid=pid, status=status)
+            time.sleep(0 if time.monotonic() - started > 1 else 1)  # one that cannot start is not tried without pause
 
 
 def start_child(work, stop, place, alive, mine):
