@@ -105,13 +105,20 @@ class Counters:
         self._lock = threading.Lock()
         self.place = 0  # of this process among them
 
-    def set(self, name, number, add=False):
-        """Set the number of this process, or add to it; a name that is not among those known is left out."""
+    def set(self, name, number):
+        """Set the number of this process; a name that is not among those known is left out."""
+        self._change(name, lambda _: number)
+
+    def add(self, name):
+        """Add one to the number of this process, as above."""
+        self._change(name, lambda number: number + 1)
+
+    def _change(self, name, change):
         slot = self._slots.get(name)
         if slot is not None:
+            slot += self.place * len(self._slots)
             with self._lock:
-                slot += self.place * len(self._slots)
-                self._numbers[slot] = number + (self._numbers[slot] if add else 0)
+                self._numbers[slot] = change(self._numbers[slot])
 
     def by_process(self, name):
         return self._numbers[self._slots[name] :: len(self._slots)].tolist()
@@ -124,9 +131,14 @@ class Counters:
 counters = None  # Counters where the setting `metrics` asks for them
 
 
-def count(name, number=1, add=True):
+def count(name):
     if counters:
-        counters.set(name, number, add)
+        counters.add(name)
+
+
+def gauge(name, number):
+    if counters:
+        counters.set(name, number)
 
 
 EVENTS = """login login_failed throttled refresh reuse_detected logout password_changed token_created user_added
@@ -504,7 +516,7 @@ def read_django_pbkdf2(name, rounds, salt, digest):
 
 
 def read_werkzeug_scrypt(n, r, p, salt, digest):
-    if int(n) * int(r) * int(p) > 2**22:  # eight times what OWASP asks for; who knows the name may have us compute it
+    if int(n) * int(r) * int(p) > 2**22:  # four times what OWASP asks for; who knows the name may have us compute it
         raise ValueError("too costly")
     costs = {"n": int(n), "r": int(r), "p": int(p), "maxmem": 256 * 2**20}  # bytes; werkzeug's default takes 32 MiB
     return StoredHash(
@@ -1260,10 +1272,6 @@ def is_timeout(error):
     return isinstance(error.__context__, TimeoutError)
 
 
-def is_on(variable):
-    return str(variable) not in ("0", "OFF")  # newer servers have words for it
-
-
 def host_of(connection):
     return connection.host, connection.port
 
@@ -1392,12 +1400,16 @@ class MySQLStore(Store):
         arguments = host, self._down, self._closing
         threading.Thread(target=self._watch_host, args=arguments, daemon=True).start()
 
+    def _is_read_only(self, host):
+        """Ask a host, over a connection of its own. Raises pymysql.Error, RuntimeError or OSError where it fails."""
+        with contextlib.closing(self._connect_to(*host)) as connection:
+            [[read_only]] = self._run(connection, "SELECT @@read_only").fetchall()
+        return str(read_only) not in ("0", "OFF")  # newer servers have words for it
+
     def _watch_host(self, host, down, closing):
         while not closing.wait(LOOK_AGAIN):
             with contextlib.suppress(pymysql.Error, RuntimeError, OSError):
-                with contextlib.closing(self._connect_to(*host)) as connection:
-                    [[read_only]] = self._run(connection, "SELECT @@read_only").fetchall()
-                if not is_on(read_only) or self._best_host() is None:
+                if not self._is_read_only(host) or self._best_host() is None:
                     event("database_host_back", host=place_of(host))
                     del down[host]
                     return
@@ -1417,9 +1429,7 @@ class MySQLStore(Store):
     def failing_hosts(self):
         for host in self.database.hosts:
             try:
-                with contextlib.closing(self._connect_to(*host)) as connection:
-                    [[read_only]] = self._run(connection, "SELECT @@read_only").fetchall()
-                if is_on(read_only):
+                if self._is_read_only(host):
                     yield f"{place_of(host)} is read-only"
             except (pymysql.Error, RuntimeError, OSError) as error:
                 yield f"{place_of(host)}: {error.args[-1]}"
@@ -1820,23 +1830,27 @@ def rotate_key_file(path, algorithm=None, signs=True):
 def promote_key(path, kid):
     """Put a key that is in the file first. Raises SettingsError."""
     with key_file_to_change(path) as jwks:
-        found = [jwk for jwk in jwks if Key.from_jwk(jwk).kid == kid]
-        if not found:
-            raise SettingsError(f"key file {path}: there is no key {kid!r}; `key list` shows which there are")
-        jwks[:] = found + [jwk for jwk in jwks if jwk not in found]
-        return Key.from_jwk(jwks[0])
+        found = jwk_of(kid, jwks, path)
+        jwks.remove(found)
+        jwks.insert(0, found)
+        return Key.from_jwk(found)
 
 
 def retire_key(path, kid):
     """Take a key out of the file and return the one that signs then. Raises SettingsError for one that cannot go."""
     with key_file_to_change(path) as jwks:
-        kept = [jwk for jwk in jwks if Key.from_jwk(jwk).kid != kid]
-        if len(kept) == len(jwks):
-            raise SettingsError(f"key file {path}: there is no key {kid!r}; `key list` shows which there are")
-        if not kept:
+        jwks.remove(jwk_of(kid, jwks, path))
+        if not jwks:
             raise SettingsError(f"key file {path}: {kid} is the last key; rotate first, then retire it")
-        jwks[:] = kept
         return Key.from_jwk(jwks[0])
+
+
+def jwk_of(kid, jwks, path):
+    """The JWK of this kid. Raises SettingsError."""
+    for jwk in jwks:
+        if Key.from_jwk(jwk).kid == kid:
+            return jwk
+    raise SettingsError(f"key file {path}: there is no key {kid!r}; `key list` shows which there are")
 
 
 @contextlib.contextmanager
@@ -2811,7 +2825,7 @@ class Stop:
 def work(app, settings, stop, listener, scraped=None):
     """Answer what comes to a listening socket until the stop, and finish what has come by then."""
     options = waitress_settings(settings)
-    count("pid", os.getpid(), add=False)
+    gauge("pid", os.getpid())
     server = waitress.create_server(counted(app) if counters else app, sockets=[listener], **options)
     server.channel_class = StrictChannel
     server.adj.send_bytes = SMALL_ANSWER
@@ -2819,7 +2833,7 @@ def work(app, settings, stop, listener, scraped=None):
 
     def note(inside):  # many threads at all times would cost each request: waitress wakes them in turn
         server.task_dispatcher.set_thread_count(settings.threads + inside)
-        count("hash_queue", inside, add=False)
+        gauge("hash_queue", inside)
 
     sign_in.hashing.on_change = note
     if scraped:
@@ -2909,7 +2923,7 @@ def start_child(work, stop, place, alive, mine):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, Stop.SIGNALS)
             if counters:
                 counters.place = place
-                count("hash_queue", 0, add=False)  # whatever the one before was at when it died
+                gauge("hash_queue", 0)  # whatever the one before was at when it died
             work()
             status = 0
         finally:
@@ -2921,7 +2935,7 @@ def listen_for_metrics(app, settings):
     """The socket for GET /metrics; from here on is counted."""
     global counters
     counters = make_counters(app, settings.processes)
-    counters.set("start", int(time.time()))
+    gauge("start", int(time.time()))
     return listen_on(*parse_listener(settings.metrics), "choose another with --metrics")
 
 
@@ -3211,9 +3225,7 @@ def key_list(settings, args):
 
 def key_rotate(settings, args):
     """Add a new key, which signs from now on; the others go on verifying."""
-    key = rotate_key_file(settings.keys, args.alg)
-    event("key_rotated", signs=key.kid)
-    print(f"{key.kid} signs now, with {key.algorithm}, from {settings.keys}")
+    say_signs(rotate_key_file(settings.keys, args.alg), settings)
 
 
 def key_add(settings, args):
@@ -3225,7 +3237,10 @@ def key_add(settings, args):
 
 def key_promote(settings, args):
     """Let a key that is there sign from now on; the others go on verifying."""
-    key = promote_key(settings.keys, args.kid)
+    say_signs(promote_key(settings.keys, args.kid), settings)
+
+
+def say_signs(key, settings):
     event("key_rotated", signs=key.kid)
     print(f"{key.kid} signs now, with {key.algorithm}, from {settings.keys}")
 

@@ -70,6 +70,11 @@ def wait_for(condition, seconds=30):
     raise AssertionError(f"not within {seconds} s: {condition}")
 
 
+def clean_environment():
+    """The environment without settings of the service."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
@@ -202,6 +207,18 @@ class Case(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.folder)
         self.database = f"sqlite:///{self.folder}/auth.db"
 
+    def new_database(self):
+        """The name of an empty database in MariaDB, for this test."""
+        name = mariadb.new_database()
+        self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
+        return name
+
+    def on_each_database(self):
+        """The URL of an empty database on each engine."""
+        yield f"sqlite:///{self.folder}/shared.db"
+        if mariadb:
+            yield mariadb.url(self.new_database())
+
     def raw_sql(self, sql, *values):
         """Run SQL beside the service, as an operator would, and return its rows."""
         with contextlib.closing(sqlite3.connect(self.folder / "auth.db", isolation_level=None)) as connection:
@@ -260,8 +277,7 @@ class MySQLCase(Case):
         super().setUp()
         if mariadb is None:
             self.skipTest("no MariaDB or MySQL here: apt install mariadb-server")
-        self.name = mariadb.new_database()
-        self.addCleanup(mariadb.run, f"DROP DATABASE {self.name}")
+        self.name = self.new_database()
         self.database = mariadb.url(self.name)
 
     def raw_sql(self, sql, *values):
@@ -280,7 +296,7 @@ class Service:
     """`python server.py` as a process of its own: `with Service(folder, *arguments, **environment) as service`."""
 
     def __init__(self, folder, *arguments, listener=None, **environment):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        inherited = clean_environment()
         self.errors = open(Path(folder) / "errors", "w+", encoding="utf-8")
         command = [sys.executable, HERE / "server.py", "--port", "0", *arguments]
         if listener:  # as systemd passes one on
@@ -2748,7 +2764,7 @@ def commands_of(parser, prefix=""):
 class CommandLineCase(Case):
     def setUp(self):
         super().setUp()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        clean = clean_environment()
         variables = {
             "AUTH_DATABASE": self.database,
             "AUTH_KEYS": f"{self.folder}/auth.keys",
@@ -2894,16 +2910,7 @@ class CommandLineTest(CommandLineCase):
         self.assertEqual(self.run_main("--version"), (0, f"rest-auth {server.__version__}\n", ""))
 
 
-class ServiceCase(Case):
-    def on_each_database(self):
-        yield f"sqlite:///{self.folder}/shared.db"
-        if mariadb:
-            name = mariadb.new_database()
-            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
-            yield mariadb.url(name)
-
-
-class ServiceTest(ServiceCase):
+class ServiceTest(Case):
     """`python server.py` as a process, through real sockets."""
 
     def test_demo_serves_roy_and_leaves_nothing_behind(self):
@@ -2923,8 +2930,7 @@ class ServiceTest(ServiceCase):
     def test_no_secret_token_or_password_in_ps_or_the_log(self):
         environment = {"AUTH_SECRET_KEY": SECRET, "AUTH_DATABASE": f"sqlite:///{self.folder}/auth.db"}
         if mariadb:
-            name = mariadb.new_database()
-            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
+            name = self.new_database()
             mariadb.run("CREATE OR REPLACE USER roy@localhost IDENTIFIED BY 'hunter2'")
             mariadb.run(f"GRANT ALL ON {name}.* TO roy@localhost")
             environment["AUTH_DATABASE"] = mariadb.url(name, "roy", "hunter2")
@@ -3089,13 +3095,6 @@ class ExportTest(CommandLineCase):
         with mock.patch.dict(os.environ, {"AUTH_DATABASE": database}):
             return self.run_main("user", "import", *arguments, typed=lines)
 
-    def databases(self):
-        yield f"sqlite:///{self.folder}/other.db"
-        if mariadb:
-            name = mariadb.new_database()
-            self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
-            yield mariadb.url(name)
-
     def test_what_is_exported_is_imported_elsewhere(self):
         names = ["alice", "Ærøskøbing", "日本語😀", 'a"b\\c', *(f"user{number}" for number in range(1000))]
         for number, name in enumerate(names):
@@ -3103,7 +3102,7 @@ class ExportTest(CommandLineCase):
             self.store.add_user(name, lock + self.HASHES[number % len(self.HASHES)])
         lines = self.export()
         self.assertEqual(json.loads(lines.splitlines()[0]), {"username": "alice", "password_hash": self.HASHES[0]})
-        for database in self.databases():
+        for database in self.on_each_database():
             with self.subTest(database):
                 where = server.parse_database(database)
                 self.assertEqual(self.into(database, lines), (0, f"1004 users imported into {where}\n", ""))
@@ -3258,7 +3257,7 @@ class MySQLDoctorTest(MySQLCase):
             self.assertTrue(self.store.is_private())  # this server offers TLS, so it is used
 
 
-class ProcessesTest(ServiceCase):
+class ProcessesTest(Case):
     """Several processes, and what others start the service with."""
 
     def children(self, service):
@@ -3358,7 +3357,7 @@ class ProcessesTest(ServiceCase):
         command = [sys.executable, "-m", "pip", "install", "-q", "--target", packages, "gunicorn"]
         subprocess.run(command, check=True, capture_output=True)
         self.add_user()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        environment = clean_environment()
         environment |= {
             "AUTH_DATABASE": self.database,
             "AUTH_KEYS": f"{self.folder}/auth.keys",
@@ -3798,7 +3797,7 @@ class Client:
         return 200
 
 
-class FailureCase(ServiceCase):
+class FailureCase(Case):
     def own_mariadb(self, *options):
         """A MariaDB that a test may kill, and the URL of a database in it for an account of its own."""
         if mariadb is None:
@@ -3944,8 +3943,6 @@ class MariaDBFailureTest(FailureCase):
         first.run("CREATE DATABASE there")
         first.run("GRANT ALL ON there.* TO service@localhost")
         hosts = f"127.0.0.1:{mariadb.port},127.0.0.1:{first.port}"
-        name = mariadb.new_database()
-        self.addCleanup(mariadb.run, f"DROP DATABASE {name}")
         self.use(url.replace(f"127.0.0.1:{first.port}", hosts).replace("/auth", "/there"))  # only the second has both
         self.settings = dataclasses.replace(self.settings, read_timeout=1)
         with self.assertLogs("auth", "WARNING") as logged:
@@ -4148,7 +4145,7 @@ for number in range(1000):
         rng = random.Random(1)
         for _ in range(10):
             with tempfile.TemporaryDirectory() as folder:
-                environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+                environment = clean_environment()
                 command = [sys.executable, HERE / "server.py", "--port", "0"]
                 first = subprocess.Popen(command, cwd=folder, env=environment, stdout=-3, stderr=-3)
                 moment = rng.choice(["auth.db", "auth.db-wal", "auth.keys.draft", "auth.keys"])
@@ -4434,7 +4431,7 @@ class GaleraTest(FailureCase):
         print(text, file=sys.stderr)
 
 
-class MetricsTest(ServiceCase):
+class MetricsTest(Case):
     def scrape(self, address):
         connection = http.client.HTTPConnection(*address, timeout=30)
         with contextlib.closing(connection):
@@ -4522,7 +4519,7 @@ class ReadmeTest(MySQLCase):
         for name in ["server.py", "schema.sql", "requirements.txt"]:
             shutil.copy(HERE / name, self.folder)
         self.port, self.metrics_port = str(free_port()), str(free_port())
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH_")}
+        self.environment = clean_environment()
         self.environment |= {"AUTH_PORT": self.port, "PYTHONUNBUFFERED": "1"}
         self.process = None
         self.addCleanup(self.stop)
