@@ -1,5 +1,5 @@
--- The tables of rest-auth, for SQLite, MariaDB and MySQL alike: what stands in /*! */ is code to
--- the latter two and a comment to SQLite. Nothing that exists is changed, so it may run twice.
+-- The tables of rest-auth, for SQLite, MariaDB and MySQL. Text in /*! */ is code for MariaDB and
+-- MySQL, and a comment for SQLite. Existing tables stay as they are, so this may run again.
 
 CREATE TABLE IF NOT EXISTS user (
   id INTEGER NOT NULL PRIMARY KEY /*! AUTO_INCREMENT */,
@@ -7,33 +7,29 @@ CREATE TABLE IF NOT EXISTS user (
   password VARCHAR(255) NOT NULL
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
 
--- One row per sign-in or named API token. Times are seconds since 1970. There is no foreign key:
--- a user table that was here before may be of another type or engine.
+-- One row per login or named API token. Times are seconds since 1970. There is no foreign key,
+-- because an older user table may have another type or engine.
 CREATE TABLE IF NOT EXISTS auth_session (
   id VARCHAR(22) /*! CHARACTER SET ascii COLLATE ascii_bin */ NOT NULL PRIMARY KEY,
   user_id BIGINT NOT NULL,
-  name VARCHAR(255) NOT NULL,
-  address VARCHAR(45) NOT NULL,
-  created BIGINT NOT NULL,
-  last_used BIGINT NOT NULL,
-  expires BIGINT NOT NULL,
-  generation BIGINT NOT NULL, -- of its refresh token, counted from 1; 0 is an API token, which has none
-  rotated BIGINT NOT NULL, -- when this generation was made, and
-  kid VARCHAR(43) NOT NULL, -- by which key
+  kind VARCHAR(10) NOT NULL, -- login, or api for an API token
+  label VARCHAR(255) NOT NULL, -- User-Agent of the login, or name of the API token
+  ip_address VARCHAR(45) NOT NULL,
+  created_at BIGINT NOT NULL,
+  last_used_at BIGINT NOT NULL,
+  expires_at BIGINT NOT NULL,
+  refresh_counter BIGINT NOT NULL, -- counts the refresh tokens from 1; 0 for an API token
+  refreshed_at BIGINT NOT NULL,
+  kid VARCHAR(43) NOT NULL, -- key of the current refresh token or API token
   UNIQUE (user_id, id),
-  UNIQUE (expires, id)
+  UNIQUE (expires_at, id)
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
 
--- Failed sign-ins, counted by user name and address, by address alone and by name alone; and where
--- a user has signed in from. A name stands as a digest, for people type passwords into its field.
-CREATE TABLE IF NOT EXISTS auth_throttle (
-  name VARCHAR(22) /*! CHARACTER SET ascii COLLATE ascii_bin */ NOT NULL, -- '' counts for all names
-  address VARCHAR(45) NOT NULL, -- '' counts for all addresses
-  failures BIGINT NOT NULL,
-  since BIGINT NOT NULL, -- the first of them
-  latest BIGINT NOT NULL, -- and the last
-  signed_in BIGINT NOT NULL, -- the last good sign-in
-  expires BIGINT NOT NULL,
-  PRIMARY KEY (name, address),
-  UNIQUE (expires, name, address)
+-- Throttling of failed logins. A bucket is empty again at expires_at (seconds since 1970). The id
+-- names an address, a username, or both, with the username as a pseudonym: people type passwords
+-- into its field. A `known:` bucket is an address from which the username has logged in.
+CREATE TABLE IF NOT EXISTS auth_bucket (
+  id VARCHAR(100) /*! CHARACTER SET ascii COLLATE ascii_bin */ NOT NULL PRIMARY KEY,
+  expires_at BIGINT NOT NULL,
+  UNIQUE (expires_at, id)
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
