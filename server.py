@@ -14,7 +14,7 @@
     TOKEN=$(curl -s -d username=roy -d password=roy http://127.0.0.1:5000/auth | cut -d'"' -f4)
     curl -H "Authorization: Bearer $TOKEN" http://127.0.0.1:5000/rest-auth
 
-The file reads from top to bottom: each room uses only the rooms above it. README.md lists the routes and the settings.
+The file reads from top to bottom: a section uses only sections above it. README.md lists the routes and the settings.
 """
 
 import argparse
@@ -159,7 +159,7 @@ EXAMPLE_SECRETS = """a-string-secret-at-least-256-bits-long
 
 
 def check_secret(secret):
-    """Raise ConfigError for bytes that others know or could guess (RFC 7518, 3.2: 32 bytes for HS256)."""
+    """Raise ConfigError for bytes that others could guess. A repetition is found inside its own double."""
     if len(secret) < 32 or secret in (secret * 2)[1:-1] or secret.decode("latin-1") in EXAMPLE_SECRETS:
         advice = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
         raise ConfigError(f"secret_key is shorter than 32 bytes, repeats itself or is published; make one: {advice}")
@@ -210,8 +210,8 @@ def mysql_options(query):
     """Return keyword arguments of pymysql.connect for the options after `?`. Raises ConfigError."""
     options = {"connect_timeout": "5", "read_timeout": "7", **dict(parse_qsl(query, keep_blank_values=True))}  # seconds
     for name, value in options.items():
-        if not re.fullmatch(MYSQL_OPTIONS.get(name, "(?!)"), value):
-            raise ConfigError(f"database: wrong option after ?; each is one of {', '.join(MYSQL_OPTIONS)}")
+        if not re.fullmatch(MYSQL_OPTIONS.get(name, "(?!)"), value) or ("identity" in name and "ssl_ca" not in options):
+            raise ConfigError(f"database: wrong option after ?, or no ssl_ca; they are {', '.join(MYSQL_OPTIONS)}")
         if name.startswith("ssl") and not name.endswith("identity") and not os.access(value, os.R_OK):
             raise ConfigError(f"database: {name} names {value}, which does not exist or is not readable")
     options |= {"connect_timeout": int(options["connect_timeout"]), "read_timeout": int(options["read_timeout"])}
@@ -256,7 +256,7 @@ class BadRequest(AuthError, status=400):
 
 
 class InvalidCredentials(AuthError, error="Bad Request", description="Invalid credentials"):
-    """The username or password is wrong, missing, empty or not a string: always the same words."""
+    """The username or password is wrong, missing, empty or not a string. The words are Flask-JWT's."""
 
 
 class InvalidToken(AuthError, error="Invalid token", description="Session has ended"):
@@ -268,7 +268,7 @@ class Conflict(AuthError, status=409):
 
 
 class Unavailable(AuthError, status=503, description="The database does not answer; try again", retry_after=2):
-    """The database does not answer, or too many log in. The same request may succeed in a moment."""
+    """The database does not answer, or too many logins run at once. The same request may succeed in a moment."""
 
 
 log = logging.getLogger("auth")
@@ -283,8 +283,7 @@ def log_event(event, level=logging.INFO, **fields):
 # PBKDF2 through hashlib, in werkzeug's format, so that the tutorial's table stays readable by its other programs.
 # Malformed hashes do not match. They never raise.
 
-# A stored hash. derive(password bytes) must equal `digest`; `iterations` is 0 for scrypt.
-ParsedHash = namedtuple("ParsedHash", "method iterations derive digest")
+ParsedHash = namedtuple("ParsedHash", "method iterations derive digest")  # derive(password bytes) must equal digest
 
 
 def parse_pbkdf2(name, iterations, salt, digest):
@@ -333,10 +332,10 @@ def verify_password(stored, password, iterations=0):
     with contextlib.suppress(ValueError):  # costs that scrypt refuses
         matches = parsed is not None and hmac.compare_digest(parsed.derive(secret), parsed.digest)
     rest = iterations - (parsed.iterations if parsed else 0)
-    if parsed and parsed.method != "pbkdf2:sha256":  # its cost in iterations is not known: time an eighth of them
+    if parsed and parsed.method != "pbkdf2:sha256":  # its cost in iterations is not known: compare it with an eighth
         middle, eighth = time.thread_time(), iterations // 8
         hashlib.pbkdf2_hmac("sha256", secret, b"spent", eighth or 1)
-        rest = eighth * (7 - (middle - start) / max(time.thread_time() - middle, 1e-9))
+        rest = eighth * (7 - (middle - start) / max(time.thread_time() - middle, 1e-9))  # an eighth is done already
     if rest >= 1:
         hashlib.pbkdf2_hmac("sha256", secret, b"spent", int(rest))
     return matches
@@ -384,8 +383,8 @@ class Session:
     kid: str  # of the key that made the current refresh token or API token
 
 
-SESSION = ", ".join(field.name for field in dataclasses.fields(Session))
-USER = "id, username, password"
+SESSION = ", ".join(field.name for field in dataclasses.fields(Session))  # columns, in the order of the fields
+USER = "id, username, password"  # columns, in the order of User's fields
 
 
 def transaction(method):
@@ -401,14 +400,15 @@ def transaction(method):
 class Store:
     """Users, sessions and throttle buckets. Every method raises Unavailable when the database fails."""
 
-    problems = staticmethod(tuple)  # for `doctor`
+    problems = staticmethod(tuple)  # of the hosts, for `doctor`: SQLite has none, MySQLStore looks for some
+    columns, parse_row = "{}", staticmethod(list)  # how read_session reads its many columns
     for_update = ""  # SQL that locks the selected rows until the transaction ends
-    undone = set()  # kinds of errors that prove a rollback, so that the work may run again
+    repeatable = set()  # kinds of errors that prove a rollback, so that the work may run again
 
     def __init__(self, database, session_cache_ttl=0):
         self.database, self._cache_ttl, self._commit = database, session_cache_ttl, object()
         self._pool = []  # idle connections; a new list when they are closed
-        self._wal = None  # WalHeader of SQLite, once a session was read; False without one
+        self._wal = None  # SQLite's WalHeader; None until a session is read, False if the file cannot be mapped
         self._cache = None, None  # (version, read_session with a cache)
         self._failing = {}  # {"read" or "write": time of the last failure}
         self._exclusive, self._lock = contextlib.nullcontext(), threading.Lock()
@@ -477,8 +477,8 @@ class Store:
     @transaction
     def add_users(self, run, users, skip_existing=False):
         """Add a list of (username, password hash), all or none, and return their number. Raises Conflict."""
-        existing = {name for (name,) in run("SELECT username FROM user" + self.for_update).fetchall()}
-        rows = []
+        rows, existing = [], {name for (name,) in run("SELECT username FROM user" + self.for_update).fetchall()}
+        run("DELETE FROM auth_session WHERE user_id NOT IN (SELECT id FROM user)")  # an old table may use an id again
         for username, password_hash in users:
             if username not in existing:
                 existing.add(username)
@@ -492,7 +492,7 @@ class Store:
 
     @transaction
     def set_password(self, run, user, password_hash, keep=None):
-        """Replace a User's hash and end the sessions except `keep`; None keeps all. False if the hash has changed."""
+        """Replace a User's hash; unless `keep` is None, end all other sessions. Return False if the hash changed."""
         sql = "UPDATE user SET password = ? WHERE id = ? AND COALESCE(password, '') = ?"
         updated = run(sql, password_hash, user.id, user.password_hash or "").rowcount == 1
         if updated and keep is not None:
@@ -514,7 +514,7 @@ class Store:
 
     @transaction
     def add_session(self, run, session, password_hash="", creator=None):
-        """Store a session; False if the hash of the user, or the session `creator` of an API token, has gone."""
+        """Store a session. Return False if the user's hash has changed, or the session `creator` has ended."""
         condition, values = "user WHERE id = ? AND password = ?", (session.user_id, password_hash)
         if creator:
             condition, values = "auth_session WHERE id = ? AND user_id = ?", (creator.id, session.user_id)
@@ -524,7 +524,7 @@ class Store:
         return run(sql, *columns, *values).rowcount == 1
 
     def version(self, now):
-        """Return a value that changes with each commit. On MySQL, commits of others count after session_cache_ttl."""
+        """Return a value that changes with each commit, None without a cache. On MySQL, others' commits count later."""
         return (self._commit, now // self._cache_ttl) if self._cache_ttl else None
 
     def get_session(self, sid, now):
@@ -539,11 +539,11 @@ class Store:
 
     def read_session(self, sid):
         columns = "s." + SESSION.replace(", ", ", s.") + ", u.id, u.username, u.password"
-        sql = f"SELECT {columns} FROM auth_session s LEFT JOIN user u ON u.id = s.user_id WHERE s.id = ?"
-        rows = self._read(sql, sid)
+        sql = "FROM auth_session s LEFT JOIN user u ON u.id = s.user_id WHERE s.id = ?"
+        rows = self._read(f"SELECT {self.columns.format(columns)} {sql}", sid)
         if not rows:
             return None, None
-        *session, user_id, username, password_hash = rows[0]
+        *session, user_id, username, password_hash = self.parse_row(rows[0])
         return Session(*session), None if user_id is None else User(user_id, username, password_hash)
 
     def list_sessions(self, user_id, now):
@@ -576,8 +576,8 @@ class Store:
 
     @transaction
     def update_buckets(self, run, ids, change):
-        """Store change({id: expires_at}), a dict of the same form. An exception in `change` stores nothing."""
-        ids = sorted(ids)  # the rows must exist before they are locked: locks of missing rows deadlock
+        """Store the dict that change({id: expires_at}) returns. If `change` raises, store nothing."""
+        ids = sorted(ids)  # one order of locks, and rows before locks: locks of missing rows deadlock
         run(f"INSERT INTO auth_bucket (id, expires_at) VALUES {marks('(?, 0)', ids)}{self.keep_existing}", *ids)
         sql = f"SELECT id, expires_at FROM auth_bucket WHERE id IN ({marks('?', ids)}) ORDER BY id{self.for_update}"
         for bucket, expires_at in change(dict(run(sql, *ids).fetchall())).items():
@@ -585,7 +585,7 @@ class Store:
 
     @transaction
     def delete_buckets(self, run, prefix):
-        run("DELETE FROM auth_bucket WHERE id >= ? AND id < ?", prefix, prefix + "~")
+        run("DELETE FROM auth_bucket WHERE id >= ? AND id < ?", prefix, prefix + "~")  # ~ sorts after all of an id
 
     def delete_expired(self, now, limit):
         """Delete at most `limit` expired sessions, and as many buckets."""
@@ -623,12 +623,12 @@ class Store:
                 with self._exclusive, self._connection() as connection:
                     result = work(connection)
             except self.driver.Error as error:
-                if not attempts or self._kind_of(error) not in self.undone:
+                if not attempts or self._kind_of(error) not in self.repeatable:
                     raise self._refusal(kind, error) from error
-                time.sleep(secrets.randbelow(20) / 1000)  # else those that met would meet again
+                time.sleep(secrets.randbelow(20) / 1000)  # else the same transactions would deadlock again
             else:
-                if time.monotonic() > self._failing.get(kind, NO_LIMIT) + 1 and self._failing.pop(kind, 0):
-                    log_event("database_recovered", kind=kind)  # at most once per second while failures alternate
+                if time.monotonic() > self._failing.get(kind, float("inf")) + 1 and self._failing.pop(kind, 0):
+                    log_event("database_recovered", kind=kind)  # a second later, so that a flapping one logs little
                 return result
 
     @contextlib.contextmanager
@@ -655,7 +655,7 @@ class Store:
                 connection.close()
 
     def _refusal(self, kind, error):
-        """Return the AuthError for a driver's exception. Log the first failure of a row."""
+        """Return the AuthError for a driver's exception. Log only the first of consecutive failures."""
         if isinstance(error, self.driver.IntegrityError):
             return Conflict("The table takes this username for an existing one")
         if self._kind_of(error) == "misfit":
@@ -698,8 +698,8 @@ class SQLiteStore(Store):
 
     def close(self):
         super().close()
-        if self._wal:
-            wal, self._wal = self._wal, None
+        wal, self._wal = self._wal, None
+        if wal:
             wal.close()
 
     def version(self, now):
@@ -712,7 +712,7 @@ class SQLiteStore(Store):
                     wal = self._wal = False
                 except sqlite3.Error:
                     return None
-        return (wal, wal.map[:48], self._commit) if wal else None  # a new index begins with the same header
+        return (wal, wal.map[:48], self._commit) if wal else None  # two files can have the same header
 
     def _connect(self):
         if self.database.name:  # the hashes are for the owner only; SQLite gives its other files the same mode
@@ -732,7 +732,7 @@ class SQLiteStore(Store):
         return connection.execute(sql.replace("/*! AUTO_INCREMENT */", "AUTOINCREMENT"), values)
 
     def _react(self, connection, error):
-        if "readonly" in str(error):  # a file stays read-only for SQLite until all connections are closed
+        if isinstance(error, sqlite3.Error) and "readonly" in str(error):  # it stays so until all are closed
             self.close()
         if "full" in str(error):  # the write-ahead log may fill the disk
             with contextlib.suppress(sqlite3.Error):
@@ -778,19 +778,20 @@ class WalHeader:
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._maps[file] = mmap.mmap(descriptor, 48, access=mmap.ACCESS_READ), descriptor
             self.map = self._maps[file][0]
-        self.close = connection.close
+        self.close = connection.close  # while it is open, SQLite keeps the file
 
 
-# pymysql.constants: LOCK_DEADLOCK; SERVER_GONE_ERROR, SERVER_LOST, SERVER_SHUTDOWN, QUERY_INTERRUPTED and the like;
-# OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE; a Galera node without its cluster, CONN_HOST_ERROR; mixed collations.
-MYSQL_ERRORS = {1213: "deadlock", **dict.fromkeys((2006, 2013, 1053, 1317, 1927, 4031), "lost")}
-MYSQL_ERRORS |= {1290: "read-only", 1836: "read-only", 1047: "down", 2003: "down", 1267: "misfit", 3988: "misfit"}
+MYSQL_ERRORS = dict.fromkeys((2006, 2013, 1053, 1317, 1927, 4031), "lost")  # the server ended the connection or query
+MYSQL_ERRORS |= {1290: "read-only", 1836: "read-only"}  # OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE
+MYSQL_ERRORS |= {2003: "down", 1047: "down"}  # CONN_HOST_ERROR; a Galera node without its cluster
+MYSQL_ERRORS |= {1213: "deadlock", 1267: "misfit", 3988: "misfit"}  # a misfit is a mix of collations or characters
 
 
 class MySQLStore(Store):
     """MySQL or MariaDB through PyMySQL, which is imported only here: it takes 2 MiB."""
 
     begin = "START TRANSACTION READ WRITE"  # a read-only server refuses it
+    columns, parse_row = "JSON_ARRAY({})", staticmethod(lambda row: json.loads(row[0]))  # PyMySQL: 10 µs per column
     for_update = " FOR UPDATE"
     keep_existing = " ON DUPLICATE KEY UPDATE id = id"
     list_tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
@@ -802,8 +803,8 @@ class MySQLStore(Store):
 
         self.driver = pymysql
         self._hosts = [*self.database.hosts]  # those that failed come last
-        self.undone = {"deadlock", "lost"} | ({"down", "read-only"} if len(self._hosts) > 1 else set())
-        self._retry_at = 0.0  # while no host works
+        self.repeatable = {"deadlock", "lost"} | ({"down", "read-only"} if len(self._hosts) > 1 else set())
+        self._retry_at = 0.0  # time of the next attempt while no host works, else 0
 
     def problems(self):
         for host, port in self.database.hosts:
@@ -878,11 +879,11 @@ class MySQLStore(Store):
             self._retry_at = time.monotonic() + 1
         if kind in ("down", "read-only"):
             self._give_way((connection.host, connection.port))
-        if kind in self.undone | {"down"} and kind != "deadlock":  # a single read-only host still answers reads
+        if kind in ("lost", "down") or (kind == "read-only" and len(self._hosts) > 1):  # a single one still reads
             self.close()
 
     def _kind_of(self, error):
-        if isinstance(error.__context__, TimeoutError):
+        if isinstance(error.__context__, TimeoutError):  # PyMySQL reports a silent host with the code of a lost one
             return "down"
         if isinstance(error, self.driver.InterfaceError):
             return "lost"
@@ -915,7 +916,7 @@ class Key:
             private = jwk["k" if jwk["kty"] == "oct" else "d"].encode()
             signer = jwt.PyJWK.from_dict(jwk)
             verifier = jwt.PyJWK.from_dict(members, signer.algorithm_name)  # a private RSA key cannot verify
-            signer.Algorithm.sign(b"", signer.Algorithm.prepare_key(signer.key))
+            signer.Algorithm.sign(b"", signer.Algorithm.prepare_key(signer.key))  # else the first login would fail
         except Exception:  # PyJWT raises many types, and some repeat the key
             raise ConfigError("a key is not a private JSON Web Key (RFC 7517)") from None
         canonical = json.dumps(members, sort_keys=True, separators=(",", ":"))  # RFC 7638, 3
@@ -950,7 +951,7 @@ OPAQUE_TOKEN = re.compile(r"([A-Za-z0-9_-]{22})\.(0|[1-9][0-9]{0,15})\.([A-Za-z0
 
 
 class KeySet:
-    """Keys, newest first: the first one signs, all verify. A key file that breaks leaves the keys as they are."""
+    """Keys: the first one signs, all verify. A key file that breaks leaves the keys as they are."""
 
     def __init__(self, fallback_keys=(), path=""):
         self._fallback_keys = tuple(fallback_keys)  # they verify beside the file's keys, and sign without a file
@@ -966,7 +967,7 @@ class KeySet:
             with edit_key_file(settings.key_file) as jwks:
                 if not jwks:  # another process may have been faster
                     jwks.append(new_jwk("HS256"))
-        key_set = cls(secret, settings.key_file)
+        key_set = cls(secret, os.path.abspath(settings.key_file))  # chdir must not change it
         if not secret or os.path.lexists(settings.key_file):
             key_set._read()
         return key_set
@@ -1011,7 +1012,7 @@ class KeySet:
         raise InvalidToken("The token is not from this service")
 
     def digest(self, text, now):
-        """Return a pseudonym of a text for the database. It changes when the oldest key is removed."""
+        """Return a pseudonym of a text for the database. It changes when another key becomes the last one."""
         self._reload(now)
         return self.keys[-1].mac(f"digest of {text}")[:22]
 
@@ -1038,8 +1039,8 @@ class KeySet:
         self._checked_at = now or self._checked_at
         with self._lock:  # a slow reader of an older file must not come last
             version = file_version(self._path)
-            is_known = self._failure and now is None and self._failure[0] == version  # broken, as it was
-            if not self._path or version == self._version or is_known:
+            is_same_failure = self._failure and now is None and self._failure[0] == version
+            if not self._path or version == self._version or is_same_failure:
                 return
             try:
                 self._read()
@@ -1160,8 +1161,8 @@ def edit_key_file(path):
             draft = f"{path}.draft"
             Path(draft).unlink(missing_ok=True)  # a kill may have left it
             create_private_file(draft)
-            status = os.stat(path if os.path.exists(path) else draft)  # root must not lock the service out
-            with open(draft, "r+", encoding="utf-8") as file:
+            with open(draft, "a", encoding="utf-8") as file:  # raises if the file could not be made
+                status = os.stat(path if os.path.exists(path) else draft)  # root must not lock the service out
                 json.dump({"keys": jwks}, file, indent=1)
                 file.flush()
                 os.fchown(file.fileno(), status.st_uid, status.st_gid)
@@ -1202,7 +1203,7 @@ REFRESH_REUSE_INTERVAL = 60  # seconds; long enough for an outage and a retry
 LAST_USED_INTERVAL = 60  # seconds between two writes of last_used_at
 CLEANUP_LIMIT = 10  # expired rows deleted with each login; a login adds fewer
 API_TOKEN_TTL, API_TOKEN_MAX_TTL = 90 * DAY, 366 * DAY  # seconds: default and maximum
-KNOWN_IP_TTL = 30 * DAY  # seconds in which failures elsewhere do not stop a user's own address
+KNOWN_IP_TTL = 30 * DAY  # seconds after a login in which its address stays known for the username
 
 
 def charge_buckets(found, limits, now):
@@ -1220,14 +1221,14 @@ def charge_buckets(found, limits, now):
 
 
 class HashLimiter:
-    """As many password hashes at once as `cores`, and at most `limit` logins that hash or wait."""
+    """At most `limit` logins inside, of which `at_once` hold `core` to hash, while the others wait."""
 
     CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def __init__(self, limit, cores):
+    def __init__(self, limit, at_once):
         self.limit, self.logins = limit, 0
         self.on_change = lambda logins: None  # so that a server can add a thread for each
-        self.core, self._lock = threading.Semaphore(cores), threading.Lock()
+        self.core, self._lock = threading.Semaphore(at_once), threading.Lock()
 
     def __enter__(self):
         self._count(1)
@@ -1243,8 +1244,7 @@ class HashLimiter:
             self.logins += step
 
 
-# The caller of a handler. Without a database, or for tokens of other programs, username or session are None.
-Identity = namedtuple("Identity", "id username session", defaults=(None, None))
+Identity = namedtuple("Identity", "id username session", defaults=(None, None))  # of the caller; None: not known
 
 
 class AuthService:
@@ -1252,11 +1252,11 @@ class AuthService:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        # Half of the threads check tokens. Fewer hashes at once than login_limit: else good logins fill their bucket.
-        cores = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))
-        self.limiter = HashLimiter(max(1, settings.threads // 2), cores)
+        # Without run(), logins get half of the threads. Each holds a charge: fewer hash at once than login_limit.
+        at_once = min(HashLimiter.CORES + 1, max(1, (settings.login_limit or NO_LIMIT) - 1))  # one waits for a commit
+        self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
-        self._touch_after = self.proxy_warning_at = 0.0
+        self._touch_after = self.warn_proxy_after = 0.0
 
     def login(self, username: object, password: object, now, label="", ip_address=""):
         """Open a session and return its tokens. Raises InvalidCredentials, AuthError (429) or Unavailable."""
@@ -1334,7 +1334,7 @@ class AuthService:
             user = require_active(self.store.get_user(claims["identity"])) if self.store else None
             return Identity(claims["identity"], user and user.username), claims
         session, user = self._active(self.store.get_session(claims["sid"], now), now)
-        if claims.setdefault("identity", user.id) != user.id:
+        if claims.setdefault("identity", user.id) != user.id:  # an API token has no claim of its own
             raise InvalidToken
         if now - session.last_used_at >= LAST_USED_INTERVAL and now >= self._touch_after:
             try:
@@ -1344,7 +1344,7 @@ class AuthService:
         return Identity(user.id, user.username, session), claims
 
     def logout(self, identity, scope: str = "local"):
-        """End the session (scope "local"), the user's other ones ("others"), or all ("global"). Raises BadRequest."""
+        """End the session ("local"), the others ("others") or all ("global"). Raises BadRequest or AuthError (403)."""
         sid = identity.session.id if identity.session else ""
         if scope not in ("local", "others", "global") or (scope == "local" and not sid):
             raise BadRequest("scope must be local, others or global; local needs a token of this service")
@@ -1379,7 +1379,7 @@ class AuthService:
         self._replace_hash("password_changed", user, password_hash, keep)
 
     def change_password(self, identity, current_password: str, new_password: str, now, ip_address=""):
-        """Change the caller's password and end all other sessions. Raises as login and set_password do."""
+        """Change the caller's password and end all other sessions. Raises BadRequest, Conflict or AuthError."""
         # A wrong current_password counts as a failed login, so that a stolen token does not help to guess.
         require_login(identity)
         user = require_active(self.store.get_user(identity.id))
@@ -1417,18 +1417,18 @@ class AuthService:
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
         digest, network = self.keys.digest(username, now), network_of(ip_address)
-        limit, second = self.settings.login_limit or NO_LIMIT, int(now)
+        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # limits: {id: (burst, seconds per charge)}
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
         def charge(found):
-            if found.get(known, 0) > second:
+            if found.get(known, 0) > now:
                 limits.pop(f"username:{digest}", None)
-            return charge_buckets(found, limits, second)
+            return charge_buckets(found, limits, now)
 
         def refund(found):
-            refunded = {bucket: found.get(bucket, second) - interval for bucket, (_, interval) in limits.items()}
-            return refunded | {pair: second, known: second + KNOWN_IP_TTL}
+            refunded = {bucket: found.get(bucket, now) - interval for bucket, (_, interval) in limits.items()}
+            return refunded | {pair: now, known: now + KNOWN_IP_TTL}
 
         with self.limiter, self.limiter.core:
             try:
@@ -1472,7 +1472,7 @@ class AuthService:
             return user
 
     def _new_session(self, user_id, kind, label, ip_address, now, ttl):
-        now, sid, counter = int(now), secrets.token_urlsafe(16), int(kind == "login")
+        now, sid, counter = int(now), secrets.token_urlsafe(16), 1 if kind == "login" else 0
         kid = self.keys.signing_key(now).kid
         return Session(sid, user_id, kind, label[:255], ip_address[:45], now, now, now + ttl, counter, now, kid)
 
@@ -1607,12 +1607,13 @@ class JWTPlugin:
                 if not public:
                     token = token_of(request.environ.get("HTTP_AUTHORIZATION", ""))
                     identity, claims = self.service.authenticate(token, time.time())
-                    found = {"identity": identity, "claims": dict(claims)}  # the cached claims must not change
-                    kwargs |= {name: found[name] for name in injected}
+                    if injected:
+                        found = {"identity": identity, "claims": dict(claims)}  # the cached claims must not change
+                        kwargs |= {name: found[name] for name in injected}
                 result = callback(*args, **kwargs)
             except AuthError as error:
                 result = error
-            if isinstance(result, AuthError) and result.status_code == 401:  # Bottle's JSON plugin returns it
+            if isinstance(result, AuthError) and result.status_code == 401:  # raised, or returned by Bottle's plugin
                 reason = ', error="invalid_token"' if result.error in ("Invalid token", "Invalid JWT") else ""
                 result.add_header("WWW-Authenticate", f'JWT realm="{realm}"')  # RFC 9110, 11.6.1
                 result.add_header("WWW-Authenticate", f'Bearer realm="{realm}"{reason}')
@@ -1634,9 +1635,8 @@ def check_declaration(route):
         raise PluginError(f"{where} would skip JWTPlugin; if that is intended, say public=True")
     if not is_public(route) and re.search(r"[<:](identity|claims)\b", route.rule):
         raise PluginError(f"{where} takes identity or claims from the path; give that part another name")
-    if unknown := re.findall(
-        r"\w*(?:role|group|scope|permission)\w*", " ".join(set(route.config) - set(route.app.config))
-    ):
+    own = sorted(set(route.config) - set(route.app.config))
+    if unknown := [name for name in own if re.search("role|group|scope|permission", name)]:
         raise PluginError(f"{where} says {unknown[0]}=, which JWTPlugin does not know; check it in the handler")
 
 
@@ -1654,10 +1654,10 @@ def token_of(header):
     words = [word for word in header.split(" ") if word]  # split() would also split at U+00A0
     if not words:
         raise AuthError("Request does not contain an access token", 401, "Authorization Required")
-    reason = "Unsupported authorization type" if words[0].lower() not in ("jwt", "bearer") else ""
-    reason = reason or {1: "Token missing", 2: ""}.get(len(words), "Token contains spaces")
-    if reason:
-        raise AuthError(reason, 401, "Invalid JWT header")
+    if words[0].lower() not in ("jwt", "bearer"):
+        raise AuthError("Unsupported authorization type", 401, "Invalid JWT header")
+    if len(words) != 2:
+        raise AuthError("Token contains spaces" if words[2:] else "Token missing", 401, "Invalid JWT header")
     return words[1]
 
 
@@ -1668,7 +1668,7 @@ MAX_BODY = 64 * 1024  # bytes; a username and a password need less than 2 KiB
 
 
 def rest_auth():
-    return "You are an authenticate person to see this message"
+    return "You are an authenticate person to see this message"  # the tutorial's words
 
 
 def me(identity):
@@ -1724,8 +1724,8 @@ def client_address(service):
     forwarded = request.environ.get("HTTP_X_FORWARDED_FOR")
     if forwarded and address == plain_address(service.settings.trusted_proxy):
         return plain_address(forwarded.rpartition(",")[2])
-    if forwarded and time.time() > service.proxy_warning_at:
-        service.proxy_warning_at = time.time() + DAY
+    if forwarded and time.time() > service.warn_proxy_after:
+        service.warn_proxy_after = time.time() + DAY
         log_event("x_forwarded_for_untrusted", logging.WARNING, ip_address=address)
     return address
 
@@ -1830,12 +1830,13 @@ class StrictParser(HTTPRequestParser):
     def parse_header(self, header_plus):
         try:
             super().parse_header(header_plus)
-        except ValueError as error:  # a Content-Length of 5,000 digits, half a URL as path
+        except ValueError as error:  # a Content-Length of 5,000 digits, or a path such as //[
             raise ParsingError("cannot be parsed") from error
         encodings = re.findall(rb"\ntransfer[-_]encoding[ \t]*:[ \t]*(.*?)[ \t]*\r", header_plus.lower() + b"\r")
         if encodings and (encodings != [b"chunked"] or self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
             raise ParsingError("has an ambiguous length")
-        if self.version not in ("1.0", "1.1") or "," in self.headers.get("HOST", "," if self.version == "1.1" else ""):
+        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # waitress joins two with a comma
+        if self.version not in ("1.0", "1.1") or "," in host:
             raise ParsingError("has an unknown version, no host, or two")
         if self.adj.draining:
             self.headers["CONNECTION"] = "close"
@@ -1857,7 +1858,7 @@ def run(app, service, on_ready):
     threads, options = service.settings.threads, WAITRESS_OPTIONS | {"connection_limit": connection_limit()}
     server = waitress.create_server(app, sockets=[listen(service.settings)], threads=threads, **options)
     HTTPChannel.parser_class, server.adj.draining = StrictParser, False
-    server.adj.send_bytes = 16 * 1024  # bytes sent in one piece: header and body apart are two system calls
+    server.adj.send_bytes = 16 * 1024  # bytes to collect before a send, so that header and body are one system call
     service.limiter.limit = MAX_LOGINS
     service.limiter.on_change = lambda logins: server.task_dispatcher.set_thread_count(threads + logins)
 
@@ -1869,9 +1870,9 @@ def run(app, service, on_ready):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    address = server.socket.getsockname()
-    host = address if isinstance(address, str) else f"[{address[0]}]" if ":" in address[0] else address[0]
-    on_ready(f"unix:{host}" if isinstance(address, str) else f"http://{host}:{address[1]}")
+    address = server.socket.getsockname()  # a path, or a tuple of host, port and more
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    on_ready(f"unix:{address}" if isinstance(address, str) else f"http://{host}:{address[1]}")
     while not server.adj.draining:
         poll(server, 1)
     drain(server)
@@ -1915,7 +1916,7 @@ def listen(settings):
         os.chmod(host, 0o660)  # for the group of the proxy
         return listener
     except OSError as error:
-        reason = error.strerror.partition(" (")[0]  # Python adds the address
+        reason = error.strerror.partition(" (")[0] if error.errno else "path too long"  # Python adds the address
         where = host if host.startswith("/") else f"{host} port {settings.port}"
         raise ConfigError(f"{where}: {reason}; choose another with --host or --port") from None
 
@@ -1942,7 +1943,7 @@ CONFIGURED_APPS, FIRST_REQUEST = [], threading.Lock()
 
 def app(environ, start_response):
     """The WSGI app for granian, gunicorn, uWSGI and mod_wsgi: `granian --interface wsgi server:app`."""
-    with FIRST_REQUEST:  # not at the import, which JWTPlugin needs as well
+    with FIRST_REQUEST:  # not at the import: a program that imports JWTPlugin needs no AUTH_ variables
         if not CONFIGURED_APPS:
             set_up_logging()
             CONFIGURED_APPS.append(make_app(Settings.load()))
@@ -1950,7 +1951,7 @@ def app(environ, start_response):
 
 
 # --- Command line ---
-# The only room that prints, prompts and exits. Each command is a function, with its help as docstring, in COMMANDS.
+# The only section that prints, prompts and exits. Each command is a function, with its help as docstring, in COMMANDS.
 
 DEMO_HELP = """\
 Log in as roy, then open the tutorial's protected route:
@@ -2029,10 +2030,11 @@ def read_exported(line, number):
     """Return (username, password hash) of a line. Raises BadRequest, which does not repeat the hash."""
     try:
         user = json.loads(line.removeprefix("\ufeff"))  # some editors put this mark there
-        username, password_hash = user["username"], user["password_hash"]
+        username, password_hash = user["username"], str(user["password_hash"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadRequest(f'Line {number} is not {{"username": …, "password_hash": …}}; nothing was imported') from None
-    if not is_text(username) or len(username) > 255 or not parse_hash(str(password_hash).removeprefix(DISABLED_PREFIX)):
+    is_usable = password_hash.startswith(DISABLED_PREFIX) or parse_hash(password_hash)
+    if not is_text(username) or len(username) > 255 or not is_usable:
         raise BadRequest(f"Line {number}: {username!r} is no username, or its hash is unknown; nothing was imported")
     return username, password_hash
 
@@ -2104,7 +2106,7 @@ def doctor(settings, args):
     """Print what is wrong with this installation and how to fix it; exit status 1 if anything is."""
     with contextlib.closing(Store.open(settings, must_exist=True)) as store:
         problems, path = [*store.problems()], store.database.name
-        if os.path.exists(path) and os.stat(path).st_mode & 0o007:
+        if store.database.scheme == "sqlite" and os.path.exists(path) and os.stat(path).st_mode & 0o007:
             problems.append(f"{path} is open to others; run: chmod 600 {path}")
         try:
             if settings.secret_key or os.path.lexists(settings.key_file):  # else the first start makes the file
@@ -2130,7 +2132,7 @@ def doctor_users(users):
             yield f"user {user.id} ({user.username!r}) has no usable hash; `user passwd` sets one"
     for username, same in ids.items():
         if not username or len(same) > 1:
-            yield f"the username {username!r} cannot log in (ids {', '.join(same)}); rename all rows but one with SQL"
+            yield f"the username {username!r} cannot log in (ids {', '.join(same)}); rename its rows with SQL"
 
 
 EVERY = [field.name for field in dataclasses.fields(Settings)]
@@ -2157,8 +2159,7 @@ COMMANDS = [  # command, function, the settings that are its flags, its other ar
     ("key promote", key_promote, ["key_file"], [KID]),
     ("key remove", key_remove, ["key_file"], [KID]),
 ]
-EPILOG = """The secret has no flag, because every user of a machine can read the arguments of a process: put it into the
-variable AUTH_SECRET_KEY, or leave it out and a key file is made. Exit status: 0 good, 1 failed, 2 wrong usage."""
+EPILOG = "The secret has no flag: all users can read arguments. Exit status: 0 good, 1 failed, 2 wrong usage."
 
 
 class Parser(argparse.ArgumentParser):
@@ -2166,9 +2167,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         text = re.sub(r"(unrecognized arguments|invalid choice): .*?(?= \(choose from |$)", r"\1", message)
-        flags = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        message = " ".join([text, *(flag for flag in flags if flag not in text)])
-        self.exit(2, f"server.py: {message}; see {self.prog} --help\n")
+        flags = {word.partition("=")[0] for word in message.split() if word.startswith("--")} - {*text.split()}
+        self.exit(2, f"server.py: {' '.join([text, *sorted(flags)])}; see {self.prog} --help\n")
 
 
 def make_parser():
@@ -2224,7 +2224,7 @@ def run_command(args):
 
 
 def main(argv=None, run=run):
-    """Run the command line and return the exit status: 0 good, 1 failed, 2 wrong usage."""
+    """Run the command line; tests replace `run`. Return the exit status: 0 good, 1 failed, 2 wrong usage."""
     log.addHandler(logging.NullHandler())  # commands print; `serve` sets logging up
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - it may be closed
     try:
@@ -2241,8 +2241,8 @@ def main(argv=None, run=run):
     except (ConfigError, AuthError, OSError, UnicodeError) as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         print(f"server.py: {error}{cause}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("server.py: interrupted; nothing was changed", file=sys.stderr)
+    except (KeyboardInterrupt, EOFError):  # EOFError is Ctrl-D at a prompt
+        print("server.py: interrupted", file=sys.stderr)
     return 1
 
 
