@@ -1253,7 +1253,7 @@ class AuthService:
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
         # Without run(), logins get half of the threads. Each holds a charge: fewer hash at once than login_limit.
-        at_once = min(HashLimiter.CORES + 1, max(1, (settings.login_limit or NO_LIMIT) - 1))  # one waits for a commit
+        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
         self._touch_after = self.warn_proxy_after = 0.0
@@ -1430,10 +1430,10 @@ class AuthService:
             refunded = {bucket: found.get(bucket, now) - interval for bucket, (_, interval) in limits.items()}
             return refunded | {pair: now, known: now + KNOWN_IP_TTL}
 
+        with contextlib.suppress(Unavailable):  # the next login tries again
+            self.store.delete_expired(now, CLEANUP_LIMIT)
         with self.limiter, self.limiter.core:
             try:
-                with contextlib.suppress(Unavailable):  # the next login tries again
-                    self.store.delete_expired(now, CLEANUP_LIMIT)
                 self.store.update_buckets([*limits, known], charge)
                 yield
             except AuthError as error:

@@ -2374,9 +2374,9 @@ class ServerTest(Case):
     def test_drain_answers_all_while_another_process_takes_the_socket_of_systemd_over(self):
         environment = self.add_alice(self.database) | {"AUTH_PBKDF2_ITERATIONS": "50000"}
         with (
+            concurrent.futures.ThreadPoolExecutor(48) as pool,
             contextlib.ExitStack() as stack,
             socket.create_server(("127.0.0.1", 0), backlog=1024) as listener,
-            concurrent.futures.ThreadPoolExecutor(48) as pool,
         ):
             folders = [tempfile.mkdtemp(dir=self.folder) for _ in range(2)]
             services = [Service(folder, listener=listener, **environment) for folder in folders]
