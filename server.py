@@ -836,7 +836,7 @@ class MySQLStore(Store):
             else:
                 self._retry_at = 0.0
                 return connection
-        self._retry_at = time.monotonic() + 1
+        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # KILL can hit a new one
         raise failure
 
     def _connect_to(self, host, port):
