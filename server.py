@@ -100,7 +100,7 @@ class Settings:
     database: str = option("sqlite:///auth.db", "URL of the database, sqlite:///FILE or mysql://…", is_secret=True)
     host: str = option("127.0.0.1", "address to listen on, or absolute path of a unix socket")
     port: int = option(5000, "port to listen on, 0 for a free one", (0, 65535))
-    secret_key: str = option("", "HS256 secret of 32 bytes or more; a key file signs before it", "[^\0]*", True)
+    secret_key: str = option("", "HS256 secret, 32 bytes or more; beside a key file it only verifies", "[^\0]*", True)
     key_file: str = option("auth.keys", "private JWK Set, made by the first start if there is no secret_key")
     access_token_ttl: int = option(300, "lifetime of an access token in seconds", (1, DAY))
     session_idle_timeout: int = option(30 * DAY, "lifetime of a session without a refresh in seconds", (1, 3650 * DAY))
@@ -123,9 +123,10 @@ class Settings:
             if field.name == "trusted_proxy":
                 is_good = is_good and (value in ("", "localhost") or is_address(value))
             if not is_good:
-                places = f"(AUTH_{field.name.upper()}, --{field.name.replace('_', '-')})"
+                flag = "" if field.name == "secret_key" else f", --{field.name.replace('_', '-')}"
                 bounds = f", from {rule[0]} to {rule[1]}" if field.type is int else ""
-                raise ConfigError(f"{field.name} {places} is wrong; it is the {field.metadata['help']}{bounds}")
+                where = f"{field.name} (AUTH_{field.name.upper()}{flag})"
+                raise ConfigError(f"{where} is wrong; it is the {field.metadata['help']}{bounds}")
         parse_database(self.database)
         if self.secret_key:
             check_secret(self.secret_key.encode("utf-8", "surrogateescape"))
@@ -186,8 +187,8 @@ class Database:
 SQLITE_URL = re.compile(r"sqlite://(?:/((?:(?!%00)[^?#])+))?")
 MYSQL_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^][:,/@?#]*)(?::[1-9][0-9]{0,4})?"
 MYSQL_URL = re.compile(rf"mysql://([^:@/?#]+)(?::([^@/?#]*))?@({MYSQL_HOST}(?:,{MYSQL_HOST})*)/([^/?#]+)(?:\?([^#]*))?")
-MYSQL_OPTIONS = {"ssl_verify_identity": "true|false", "connect_timeout": "[1-9][0-9]?", "read_timeout": "[1-9][0-9]?"}
-MYSQL_OPTIONS |= dict.fromkeys(("ssl_ca", "ssl_cert", "ssl_key", "unix_socket"), ".+")
+MYSQL_OPTIONS = {"connect_timeout": "[1-9][0-9]?", "read_timeout": "[2-9]|[1-9][0-9]", "unix_socket": ".+"}
+MYSQL_OPTIONS |= {"ssl_verify_identity": "true|false", "ssl_ca": ".+", "ssl_cert": ".+", "ssl_key": ".+"}
 
 
 def parse_database(url):
@@ -210,8 +211,8 @@ def mysql_options(query):
     """Return keyword arguments of pymysql.connect for the options after `?`. Raises ConfigError."""
     options = {"connect_timeout": "5", "read_timeout": "7", **dict(parse_qsl(query, keep_blank_values=True))}  # seconds
     for name, value in options.items():
-        if not re.fullmatch(MYSQL_OPTIONS.get(name, "(?!)"), value) or ("identity" in name and "ssl_ca" not in options):
-            raise ConfigError(f"database: wrong option after ?, or no ssl_ca; they are {', '.join(MYSQL_OPTIONS)}")
+        if not re.fullmatch(MYSQL_OPTIONS.get(name, "(?!)"), value) or (name[:3] == "ssl" and "ssl_ca" not in options):
+            raise ConfigError(f"database: an option is unknown, wrong or lacks ssl_ca: {', '.join(MYSQL_OPTIONS)}")
         if name.startswith("ssl") and not name.endswith("identity") and not os.access(value, os.R_OK):
             raise ConfigError(f"database: {name} names {value}, which does not exist or is not readable")
     options |= {"connect_timeout": int(options["connect_timeout"]), "read_timeout": int(options["read_timeout"])}
@@ -280,7 +281,7 @@ def log_event(event, level=logging.INFO, **fields):
 
 
 # --- Passwords ---
-# PBKDF2 through hashlib, in werkzeug's format, so that the tutorial's table stays readable by its other programs.
+# PBKDF2 through hashlib, in werkzeug's format, which the other programs of a Flask-JWT table can read, too.
 # Malformed hashes do not match. They never raise.
 
 ParsedHash = namedtuple("ParsedHash", "method iterations derive digest")  # derive(password bytes) must equal digest
@@ -293,7 +294,7 @@ def parse_pbkdf2(name, iterations, salt, digest):
 
 
 def parse_scrypt(n, r, p, salt, digest):
-    if int(n) * int(r) * int(p) > 2**22:  # four times OWASP's advice; a client could make us compute it
+    if int(n) * int(r) * int(p) > 2**22:  # four times OWASP's advice; each login would cost this
         raise ValueError("too costly")
     costs = {"n": int(n), "r": int(r), "p": int(p), "maxmem": 256 * 2**20}  # bytes; werkzeug's default takes 32 MiB
     derive = partial(hashlib.scrypt, salt=salt.encode(), **costs)
@@ -401,12 +402,12 @@ class Store:
     """Users, sessions and throttle buckets. Every method raises Unavailable when the database fails."""
 
     problems = staticmethod(tuple)  # of the hosts, for `doctor`: SQLite has none, MySQLStore looks for some
-    columns, parse_row = "{}", staticmethod(list)  # how read_session reads its many columns
+    select_row, parse_row = "{}", staticmethod(list)  # MySQL reads a session as one JSON value, which is faster
     for_update = ""  # SQL that locks the selected rows until the transaction ends
     repeatable = set()  # kinds of errors that prove a rollback, so that the work may run again
 
     def __init__(self, database, session_cache_ttl=0):
-        self.database, self._cache_ttl, self._commit = database, session_cache_ttl, object()
+        self.database, self._cache_ttl, self._last_commit = database, session_cache_ttl, object()
         self._pool = []  # idle connections; a new list when they are closed
         self._wal = None  # SQLite's WalHeader; None until a session is read, False if the file cannot be mapped
         self._cache = None, None  # (version, read_session with a cache)
@@ -524,8 +525,8 @@ class Store:
         return run(sql, *columns, *values).rowcount == 1
 
     def version(self, now):
-        """Return a value that changes with each commit, None without a cache. On MySQL, others' commits count later."""
-        return (self._commit, now // self._cache_ttl) if self._cache_ttl else None
+        """Return a value that each commit changes, or None: no cache. MySQL notices other processes after the TTL."""
+        return (self._last_commit, now // self._cache_ttl) if self._cache_ttl else None
 
     def get_session(self, sid, now):
         """Return (Session, User), each None if missing. A cached answer serves until the next commit."""
@@ -540,7 +541,7 @@ class Store:
     def read_session(self, sid):
         columns = "s." + SESSION.replace(", ", ", s.") + ", u.id, u.username, u.password"
         sql = "FROM auth_session s LEFT JOIN user u ON u.id = s.user_id WHERE s.id = ?"
-        rows = self._read(f"SELECT {self.columns.format(columns)} {sql}", sid)
+        rows = self._read(f"SELECT {self.select_row.format(columns)} {sql}", sid)
         if not rows:
             return None, None
         *session, user_id, username, password_hash = self.parse_row(rows[0])
@@ -577,7 +578,7 @@ class Store:
     @transaction
     def update_buckets(self, run, ids, change):
         """Store the dict that change({id: expires_at}) returns. If `change` raises, store nothing."""
-        ids = sorted(ids)  # one order of locks, and rows before locks: locks of missing rows deadlock
+        ids = sorted(ids)  # all lock in one order, and make rows first: locks of missing rows deadlock
         run(f"INSERT INTO auth_bucket (id, expires_at) VALUES {marks('(?, 0)', ids)}{self.keep_existing}", *ids)
         sql = f"SELECT id, expires_at FROM auth_bucket WHERE id IN ({marks('?', ids)}) ORDER BY id{self.for_update}"
         for bucket, expires_at in change(dict(run(sql, *ids).fetchall())).items():
@@ -585,7 +586,7 @@ class Store:
 
     @transaction
     def delete_buckets(self, run, prefix):
-        run("DELETE FROM auth_bucket WHERE id >= ? AND id < ?", prefix, prefix + "~")  # ~ sorts after all of an id
+        run("DELETE FROM auth_bucket WHERE id >= ? AND id < ?", prefix, prefix + "~")  # ~ is after all letters
 
     def delete_expired(self, now, limit):
         """Delete at most `limit` expired sessions, and as many buckets."""
@@ -613,7 +614,7 @@ class Store:
         try:
             return self._attempt("write", work_and_commit)
         finally:
-            self._commit = object()  # before the answer, so that the next request reads again
+            self._last_commit = object()  # before the answer, so that the next request reads again
 
     def _attempt(self, kind, work, attempts=10):
         """Return work(connection). Repeat work that was rolled back, as after a deadlock."""
@@ -628,7 +629,7 @@ class Store:
                 time.sleep(secrets.randbelow(20) / 1000)  # else the same transactions would deadlock again
             else:
                 if time.monotonic() > self._failing.get(kind, float("inf")) + 1 and self._failing.pop(kind, 0):
-                    log_event("database_recovered", kind=kind)  # a second later, so that a flapping one logs little
+                    log_event("database_recovered", kind=kind)  # after a good second: a flapping database logs little
                 return result
 
     @contextlib.contextmanager
@@ -646,7 +647,7 @@ class Store:
                 connection.rollback()
             except self.driver.Error:
                 pool = None
-            self._react(connection, error.__cause__ or error)
+            self._react(connection, error.__cause__ or error)  # the driver's error, not our AuthError
             raise
         finally:
             if pool is self._pool:
@@ -712,7 +713,7 @@ class SQLiteStore(Store):
                     wal = self._wal = False
                 except sqlite3.Error:
                     return None
-        return (wal, wal.map[:48], self._commit) if wal else None  # two files can have the same header
+        return (wal, wal.map[:48], self._last_commit) if wal else None  # two indexes can have the same header
 
     def _connect(self):
         if self.database.name:  # the hashes are for the owner only; SQLite gives its other files the same mode
@@ -732,7 +733,7 @@ class SQLiteStore(Store):
         return connection.execute(sql.replace("/*! AUTO_INCREMENT */", "AUTOINCREMENT"), values)
 
     def _react(self, connection, error):
-        if isinstance(error, sqlite3.Error) and "readonly" in str(error):  # it stays so until all are closed
+        if isinstance(error, sqlite3.Error) and "readonly" in str(error):  # an open connection stays read-only
             self.close()
         if "full" in str(error):  # the write-ahead log may fill the disk
             with contextlib.suppress(sqlite3.Error):
@@ -791,7 +792,7 @@ class MySQLStore(Store):
     """MySQL or MariaDB through PyMySQL, which is imported only here: it takes 2 MiB."""
 
     begin = "START TRANSACTION READ WRITE"  # a read-only server refuses it
-    columns, parse_row = "JSON_ARRAY({})", staticmethod(lambda row: json.loads(row[0]))  # PyMySQL: 10 µs per column
+    select_row, parse_row = "JSON_ARRAY({})", staticmethod(lambda row: json.loads(row[0]))  # PyMySQL: 10 µs per column
     for_update = " FOR UPDATE"
     keep_existing = " ON DUPLICATE KEY UPDATE id = id"
     list_tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
@@ -836,7 +837,7 @@ class MySQLStore(Store):
             else:
                 self._retry_at = 0.0
                 return connection
-        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # KILL can hit a new one
+        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # "lost": it was killed
         raise failure
 
     def _connect_to(self, host, port):
@@ -856,7 +857,7 @@ class MySQLStore(Store):
     def _set_up(self, connection):
         # REPEATABLE READ: else INSERT … SELECT does not lock the row that it reads. Strict mode: else the server cuts
         # long values. A wait for a lock must end before the read timeout, which means that the host is gone.
-        seconds = max(1, self.database.options["read_timeout"] // 2)
+        seconds = self.database.options["read_timeout"] // 2
         self._execute(connection, "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         sql = "SET sql_mode = 'STRICT_ALL_TABLES', innodb_lock_wait_timeout = ?, lock_wait_timeout = ?"
         self._execute(connection, sql, seconds, seconds)
@@ -1197,13 +1198,14 @@ def find_jwk(kid, jwks):
 
 
 # --- Auth service ---
-# The rules, without HTTP: passwords become sessions, sessions tokens, tokens identities.
+# The rules, without HTTP: passwords become sessions, sessions tokens, tokens identities. Annotated parameters are the
+# fields of a request's body.
 
 REFRESH_REUSE_INTERVAL = 60  # seconds; long enough for an outage and a retry
 LAST_USED_INTERVAL = 60  # seconds between two writes of last_used_at
 CLEANUP_LIMIT = 10  # expired rows deleted with each login; a login adds fewer
 API_TOKEN_TTL, API_TOKEN_MAX_TTL = 90 * DAY, 366 * DAY  # seconds: default and maximum
-KNOWN_IP_TTL = 30 * DAY  # seconds after a login in which its address stays known for the username
+KNOWN_IP_TTL = 30 * DAY  # seconds that an address stays known for a username after a login from it
 
 
 def charge_buckets(found, limits, now):
@@ -1252,9 +1254,9 @@ class AuthService:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        # Without run(), logins get half of the threads. Each holds a charge: fewer hash at once than login_limit.
+        # A login is charged before it hashes. If login_limit of them hashed at once, the next good one would get 429.
         at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))
-        self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)
+        self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
         self._touch_after = self.warn_proxy_after = 0.0
 
@@ -1330,11 +1332,11 @@ class AuthService:
             claims = self.keys.verify(token, now, self.settings.leeway)
         if self.store is None or "sid" not in claims:
             if claims["exp"] - claims["iat"] > self.settings.access_token_ttl:  # it could not be revoked
-                raise InvalidToken("A token without a session must not live longer than access_token_ttl")
+                raise InvalidToken("A token whose session is not looked up must not live longer than access_token_ttl")
             user = require_active(self.store.get_user(claims["identity"])) if self.store else None
             return Identity(claims["identity"], user and user.username), claims
         session, user = self._active(self.store.get_session(claims["sid"], now), now)
-        if claims.setdefault("identity", user.id) != user.id:  # an API token has no claim of its own
+        if claims.setdefault("identity", user.id) != user.id:  # an API token has no identity claim
             raise InvalidToken
         if now - session.last_used_at >= LAST_USED_INTERVAL and now >= self._touch_after:
             try:
@@ -1356,7 +1358,7 @@ class AuthService:
         log_event("logout", user_id=identity.id, session_id=sid, scope=scope)
 
     def end_session(self, identity, sid):
-        """End one of the caller's sessions. Raises AuthError (404), and (403) for an API token."""
+        """End one of the caller's sessions. Raises AuthError: 404, or 403 if an API token ends another session."""
         if identity.session and identity.session.id != sid:
             require_login(identity)
         if not SESSION_ID.fullmatch(sid) or not self.store.end_sessions(identity.id, sid):
@@ -1417,7 +1419,7 @@ class AuthService:
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
         digest, network = self.keys.digest(username, now), network_of(ip_address)
-        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # limits: {id: (burst, seconds per charge)}
+        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge)
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
@@ -1460,7 +1462,7 @@ class AuthService:
         return user
 
     def _rehash(self, user, password):
-        """Replace a hash that costs less than today's, if that can be stored. Return the User with the stored one."""
+        """Replace a hash that needs_rehash, if the new one can be stored. Return the User with the stored hash."""
         iterations = self.settings.pbkdf2_iterations
         if not needs_rehash(user.password_hash, iterations):
             return user
@@ -1501,7 +1503,7 @@ def create_service(settings):
     """Return an AuthService. Missing tables and a missing key file are created. Raises ConfigError."""
     store = Store.open(settings)
     store.create_tables()
-    if store.database.name:  # not memory: no connection is carried over a fork of the server
+    if store.database.name:  # a server that forks must not hand connections on
         store.close()
     return AuthService(settings, KeySet.load(settings, create=True), store)
 
@@ -1563,7 +1565,7 @@ class JWTPlugin:
     """Bottle plugin: app.install(JWTPlugin(secret_key=…)) protects every route that does not say public=True.
 
     Keywords are fields of Settings. With `database`, each request looks up its session; without, a token is accepted
-    until it expires. `jwks_url` takes published keys. A handler gets its parameters `identity` and `claims`.
+    until it expires. `jwks_url` takes published keys. A handler with a parameter `identity` or `claims` gets it.
     """
 
     # No `name`: Bottle skips a plugin if a later one has the same name.
@@ -1613,7 +1615,7 @@ class JWTPlugin:
                 result = callback(*args, **kwargs)
             except AuthError as error:
                 result = error
-            if isinstance(result, AuthError) and result.status_code == 401:  # raised, or returned by Bottle's plugin
+            if isinstance(result, AuthError) and result.status_code == 401:  # raised, or caught by Bottle's JSON plugin
                 reason = ', error="invalid_token"' if result.error in ("Invalid token", "Invalid JWT") else ""
                 result.add_header("WWW-Authenticate", f'JWT realm="{realm}"')  # RFC 9110, 11.6.1
                 result.add_header("WWW-Authenticate", f'Bearer realm="{realm}"{reason}')
@@ -1835,7 +1837,7 @@ class StrictParser(HTTPRequestParser):
         encodings = re.findall(rb"\ntransfer[-_]encoding[ \t]*:[ \t]*(.*?)[ \t]*\r", header_plus.lower() + b"\r")
         if encodings and (encodings != [b"chunked"] or self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
             raise ParsingError("has an ambiguous length")
-        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # waitress joins two with a comma
+        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # ",": none, or two, joined
         if self.version not in ("1.0", "1.1") or "," in host:
             raise ParsingError("has an unknown version, no host, or two")
         if self.adj.draining:
@@ -1874,12 +1876,8 @@ def run(app, service, on_ready):
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     on_ready(f"unix:{address}" if isinstance(address, str) else f"http://{host}:{address[1]}")
     while not server.adj.draining:
-        poll(server, 1)
+        waitress.wasyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
     drain(server)
-
-
-def poll(server, seconds):
-    waitress.wasyncore.loop(timeout=seconds, use_poll=True, map=server._map, count=1)
 
 
 def drain(server):
@@ -1888,11 +1886,11 @@ def drain(server):
     while connected != len(server.active_channels):  # the kernel would reset connections that are not accepted
         connected = len(server.active_channels)
         server.handle_accept()
-    waitress.wasyncore.dispatcher.close(server)
+    waitress.wasyncore.dispatcher.close(server)  # server.close() would also close the trigger
     end = time.monotonic() + DRAIN_TIMEOUT
     quiet_until = time.monotonic() + DRAIN_QUIET
     while time.monotonic() < min(end, quiet_until):
-        poll(server, 0.1)
+        waitress.wasyncore.loop(timeout=0.1, use_poll=True, map=server._map, count=1)
         channels = [channel for channel in server.active_channels.values() if channel.connected]
         if any(channel.requests or channel.request or channel.total_outbufs_len for channel in channels):
             quiet_until = time.monotonic() + DRAIN_QUIET
@@ -1916,13 +1914,13 @@ def listen(settings):
         os.chmod(host, 0o660)  # for the group of the proxy
         return listener
     except OSError as error:
-        reason = error.strerror.partition(" (")[0] if error.errno else "path too long"  # Python adds the address
+        reason = error.strerror.partition(" (")[0] if error.errno else "path too long"  # (the address)
         where = host if host.startswith("/") else f"{host} port {settings.port}"
         raise ConfigError(f"{where}: {reason}; choose another with --host or --port") from None
 
 
 def connection_limit(wanted=4096, reserved=100):
-    """Return how many connections to hold. More than the process has descriptors would let accept() spin."""
+    """Return how many connections to accept. Without a free descriptor, accept() would fail in a busy loop."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = wanted + reserved if hard == resource.RLIM_INFINITY else min(wanted + reserved, hard)
     if limit < 2 * reserved:
@@ -1938,12 +1936,12 @@ def set_up_logging():
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it logs every request that waits
 
 
-CONFIGURED_APPS, FIRST_REQUEST = [], threading.Lock()
+CONFIGURED_APPS, APP_LOCK = [], threading.Lock()
 
 
 def app(environ, start_response):
     """The WSGI app for granian, gunicorn, uWSGI and mod_wsgi: `granian --interface wsgi server:app`."""
-    with FIRST_REQUEST:  # not at the import: a program that imports JWTPlugin needs no AUTH_ variables
+    with APP_LOCK:  # not at the import: a program that imports JWTPlugin needs no AUTH_ variables
         if not CONFIGURED_APPS:
             set_up_logging()
             CONFIGURED_APPS.append(make_app(Settings.load()))
@@ -2009,8 +2007,10 @@ def user_list(service, args):
 def user_export(service, args):
     """Write all users to standard output, one JSON object per line: username and password hash."""
     for user in service.store.iter_users():
-        if user.username:  # a login needs one
-            print(json.dumps({"username": user.username, "password_hash": user.password_hash or ""}))
+        if user.username and (user.is_disabled or parse_hash(user.password_hash)):
+            print(json.dumps({"username": user.username, "password_hash": user.password_hash}))
+        else:
+            print(f"user {user.id} ({user.username!r}) cannot log in, and is left out", file=sys.stderr)
 
 
 def user_import(service, args):
@@ -2135,15 +2135,15 @@ def doctor_users(users):
             yield f"the username {username!r} cannot log in (ids {', '.join(same)}); rename its rows with SQL"
 
 
-EVERY = [field.name for field in dataclasses.fields(Settings)]
+ALL_SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 NAME, KID = ("name", {"metavar": "NAME"}), ("kid", {"metavar": "KID"})
 ALG = ("--alg", {"choices": ALGORITHMS, "help": "(default: that of the key that signs now)"})
-SKIP = ("--skip-existing", {"action": "store_true", "help": "skip existing usernames; else they refuse the import"})
+SKIP = ("--skip-existing", {"action": "store_true", "help": "skip users that exist; else one stops the import"})
 DEMO = ("--demo", {"action": "store_true", "help": "serve from memory, with user roy and password roy"})
 COMMANDS = [  # command, function, the settings that are its flags, its other arguments
-    ("serve", serve, EVERY, [DEMO]),
+    ("serve", serve, ALL_SETTINGS, [DEMO]),
     ("init", init, ["database"], []),
-    ("doctor", doctor, EVERY, []),
+    ("doctor", doctor, ALL_SETTINGS, []),
     ("user add", user_add, ["database", "pbkdf2_iterations"], [NAME]),
     ("user passwd", user_passwd, ["database", "pbkdf2_iterations"], [NAME]),
     ("user list", user_list, ["database"], []),
@@ -2163,7 +2163,7 @@ EPILOG = "The secret has no flag: all users can read arguments. Exit status: 0 g
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line that repeat no values, one of which may be a secret."""
+    """argparse with one-line errors, which repeat no values, because a value may be a secret."""
 
     def error(self, message):
         text = re.sub(r"(unrecognized arguments|invalid choice): .*?(?= \(choose from |$)", r"\1", message)
@@ -2203,7 +2203,7 @@ def parse_arguments(words):
 
 def run_command(args):
     """Call the function of a command with the Settings, or with an AuthService and perhaps a User."""
-    flags = {name: value for name, value in vars(args).items() if name in EVERY}
+    flags = {name: value for name, value in vars(args).items() if name in ALL_SETTINGS}
     if "database" in flags and parse_database(flags["database"]).password:
         raise ConfigError("database: every user of this machine can read a flag; put it into AUTH_DATABASE")
     settings = Settings.load(**flags)
