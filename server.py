@@ -187,8 +187,8 @@ class Database:
 SQLITE_URL = re.compile(r"sqlite://(?:/((?:(?!%00)[^?#])+))?")
 MYSQL_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[^][:,/@?#]*)(?::[1-9][0-9]{0,4})?"
 MYSQL_URL = re.compile(rf"mysql://([^:@/?#]+)(?::([^@/?#]*))?@({MYSQL_HOST}(?:,{MYSQL_HOST})*)/([^/?#]+)(?:\?([^#]*))?")
-MYSQL_OPTIONS = {"connect_timeout": "[1-9][0-9]?", "read_timeout": "[2-9]|[1-9][0-9]", "unix_socket": ".+"}
-MYSQL_OPTIONS |= {"ssl_verify_identity": "true|false", "ssl_ca": ".+", "ssl_cert": ".+", "ssl_key": ".+"}
+MYSQL_OPTIONS = {"connect_timeout": "[1-9][0-9]?", "read_timeout": "[2-9]|[1-9][0-9]", "unix_socket": "[^\0]+"}
+MYSQL_OPTIONS |= {"ssl_verify_identity": "true|false", "ssl_ca": "[^\0]+", "ssl_cert": "[^\0]+", "ssl_key": "[^\0]+"}
 
 
 def parse_database(url):
@@ -349,8 +349,8 @@ def needs_rehash(stored, iterations):
 
 
 # --- Store ---
-# Users, sessions and throttle buckets, in SQLite or MySQL. The tutorial's table is used as it is: no unique index,
-# NULLs, collations that find ROY for roy. So usernames are compared again in Python, and values are checked first.
+# Users, sessions and throttle buckets, in SQLite or MySQL. The user table of Flask-JWT's tutorial is used as it is: no
+# unique index, NULLs, collations that find ROY for roy. So Python compares usernames again, and checks values first.
 
 BATCH_SIZE = 400  # rows per statement: SQLite takes 999 values, and a packet is limited as well
 DISABLED_PREFIX = "!"  # before a hash, as `passwd -l` writes it: no password matches, and removing it restores the hash
@@ -493,7 +493,7 @@ class Store:
 
     @transaction
     def set_password(self, run, user, password_hash, keep=None):
-        """Replace a User's hash; unless `keep` is None, end all other sessions. Return False if the hash changed."""
+        """Replace a User's hash; unless `keep` is None, end all other sessions. False if the stored hash is another."""
         sql = "UPDATE user SET password = ? WHERE id = ? AND COALESCE(password, '') = ?"
         updated = run(sql, password_hash, user.id, user.password_hash or "").rowcount == 1
         if updated and keep is not None:
@@ -709,7 +709,7 @@ class SQLiteStore(Store):
             with self._lock:
                 try:
                     wal = self._wal = self._wal or WalHeader(self._connect(), f"{self._path}-shm")
-                except (OSError, ValueError):  # a file system without shared memory
+                except (OSError, ValueError):  # memory, or a file system that cannot share memory
                     wal = self._wal = False
                 except sqlite3.Error:
                     return None
@@ -837,14 +837,14 @@ class MySQLStore(Store):
             else:
                 self._retry_at = 0.0
                 return connection
-        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # "lost": it was killed
+        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # "lost": the host is up
         raise failure
 
     def _connect_to(self, host, port):
-        options = {"host": host, "port": port, "user": self.database.user, "password": self.database.password.encode()}
-        options |= {"database": self.database.name, "charset": "utf8mb4", **self.database.options}
-        try:
-            connection = self.driver.connect(autocommit=True, **options)  # else reads keep the snapshot of the first
+        options = {"host": host, "port": port, "user": self.database.user, "database": self.database.name}
+        options |= {"password": self.database.password.encode("utf-8", "surrogateescape"), **self.database.options}
+        try:  # without autocommit, reads would keep the snapshot of the first
+            connection = self.driver.connect(charset="utf8mb4", autocommit=True, **options)
         except (RuntimeError, OSError, UnicodeError) as error:  # `cryptography` is missing, a certificate is wrong, …
             raise self.driver.OperationalError(0, str(error)) from None
         try:
@@ -1013,12 +1013,12 @@ class KeySet:
         raise InvalidToken("The token is not from this service")
 
     def digest(self, text, now):
-        """Return a pseudonym of a text for the database. It changes when another key becomes the last one."""
+        """Return a pseudonym of a text for the database, by the last key, because `key rotate` adds a first one."""
         self._reload(now)
         return self.keys[-1].mac(f"digest of {text}")[:22]
 
     def _find(self, kid):
-        """Return the Key of a kid in a tuple; () if the file does not have it, even now."""
+        """Return a tuple of the Key with this kid; () if the file, read again, does not have it."""
         if all(key.kid != kid for key in self.keys):
             self._reload()
         return tuple(key for key in self.keys if key.kid == kid)
@@ -1094,7 +1094,7 @@ class RemoteKeySet(jwt.PyJWKClient):
                 return super().fetch_data()
             except Exception as error:  # the answer of another host can raise anything
                 self.retry_at = time.monotonic() + 2
-                advice = "HS256 keys are not published; if the issuer has no other, run there: key rotate --alg ES256"
+                advice = "if the issuer has only HS256 keys, which are not published, run there: key rotate --alg ES256"
                 log_event("jwks_error", logging.ERROR, url=self.uri, error=str(error), advice=advice)
         raise Unavailable("The public keys of the issuer cannot be fetched; try again")
 
@@ -1254,11 +1254,11 @@ class AuthService:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        # A login is charged before it hashes. If login_limit of them hashed at once, the next good one would get 429.
+        # A login is charged before it hashes: while login_limit good ones of a user hash, the next one would get 429.
         at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
-        self._touch_after = self.warn_proxy_after = 0.0
+        self._touch_after = self.warn_proxy_after = 0.0  # times of the next try; client_address uses the second
 
     def login(self, username: object, password: object, now, label="", ip_address=""):
         """Open a session and return its tokens. Raises InvalidCredentials, AuthError (429) or Unavailable."""
@@ -1419,7 +1419,7 @@ class AuthService:
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
         digest, network = self.keys.digest(username, now), network_of(ip_address)
-        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge)
+        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge: 12 or 50/h)
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
@@ -1833,13 +1833,13 @@ class StrictParser(HTTPRequestParser):
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # a Content-Length of 5,000 digits, or a path such as //[
-            raise ParsingError("cannot be parsed") from error
+            raise ParsingError("The request cannot be parsed") from error
         encodings = re.findall(rb"\ntransfer[-_]encoding[ \t]*:[ \t]*(.*?)[ \t]*\r", header_plus.lower() + b"\r")
         if encodings and (encodings != [b"chunked"] or self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("has an ambiguous length")
-        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # ",": none, or two, joined
+            raise ParsingError("The request has an ambiguous length")
+        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # waitress joins two with a comma
         if self.version not in ("1.0", "1.1") or "," in host:
-            raise ParsingError("has an unknown version, no host, or two")
+            raise ParsingError("The request has an unknown version, no host, or two")
         if self.adj.draining:
             self.headers["CONNECTION"] = "close"
 
@@ -1914,7 +1914,7 @@ def listen(settings):
         os.chmod(host, 0o660)  # for the group of the proxy
         return listener
     except OSError as error:
-        reason = error.strerror.partition(" (")[0] if error.errno else "path too long"  # (the address)
+        reason = error.strerror.partition(" (")[0] if error.errno else "path too long"  # without "(while … address …)"
         where = host if host.startswith("/") else f"{host} port {settings.port}"
         raise ConfigError(f"{where}: {reason}; choose another with --host or --port") from None
 
@@ -2005,7 +2005,7 @@ def user_list(service, args):
 
 
 def user_export(service, args):
-    """Write all users to standard output, one JSON object per line: username and password hash."""
+    """Write the users with a usable hash to standard output, one JSON object per line."""
     for user in service.store.iter_users():
         if user.username and (user.is_disabled or parse_hash(user.password_hash)):
             print(json.dumps({"username": user.username, "password_hash": user.password_hash}))
