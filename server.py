@@ -162,8 +162,8 @@ EXAMPLE_SECRETS = """a-string-secret-at-least-256-bits-long
 def check_secret(secret):
     """Raise ConfigError for bytes that others could guess. A repetition is found inside its own double."""
     if len(secret) < 32 or secret in (secret * 2)[1:-1] or secret.decode("latin-1") in EXAMPLE_SECRETS:
-        advice = "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        raise ConfigError(f"secret_key is shorter than 32 bytes, repeats itself or is published; make one: {advice}")
+        advice = "make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        raise ConfigError(f"secret_key, or one in key_file, is below 32 bytes, repeats itself or is known; {advice}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +350,7 @@ def needs_rehash(stored, iterations):
 
 # --- Store ---
 # Users, sessions and throttle buckets, in SQLite or MySQL. The user table of Flask-JWT's tutorial is used as it is: no
-# unique index, NULLs, collations that find ROY for roy. So Python compares usernames again, and checks values first.
+# unique index, NULLs, collations that find ROY for roy. So Python checks values before SQL, usernames after it.
 
 BATCH_SIZE = 400  # rows per statement: SQLite takes 999 values, and a packet is limited as well
 DISABLED_PREFIX = "!"  # before a hash, as `passwd -l` writes it: no password matches, and removing it restores the hash
@@ -658,7 +658,7 @@ class Store:
     def _refusal(self, kind, error):
         """Return the AuthError for a driver's exception. Log only the first of consecutive failures."""
         if isinstance(error, self.driver.IntegrityError):
-            return Conflict("The table takes this username for an existing one")
+            return Conflict("The table refuses this row: the username exists in it, or a column needs another value")
         if self._kind_of(error) == "misfit":
             return BadRequest("The columns of the table are too short, or cannot store these characters")
         if kind not in self._failing:
@@ -735,7 +735,7 @@ class SQLiteStore(Store):
     def _react(self, connection, error):
         if isinstance(error, sqlite3.Error) and "readonly" in str(error):  # an open connection stays read-only
             self.close()
-        if "full" in str(error):  # the write-ahead log may fill the disk
+        if isinstance(error, sqlite3.Error) and "full" in str(error):  # the write-ahead log may fill the disk
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -1013,7 +1013,7 @@ class KeySet:
         raise InvalidToken("The token is not from this service")
 
     def digest(self, text, now):
-        """Return a pseudonym of a text for the database, by the last key, because `key rotate` adds a first one."""
+        """Return a pseudonym of a text for the database, by the last key: `key rotate` keeps it, `key add` may not."""
         self._reload(now)
         return self.keys[-1].mac(f"digest of {text}")[:22]
 
@@ -1040,8 +1040,8 @@ class KeySet:
         self._checked_at = now or self._checked_at
         with self._lock:  # a slow reader of an older file must not come last
             version = file_version(self._path)
-            is_same_failure = self._failure and now is None and self._failure[0] == version
-            if not self._path or version == self._version or is_same_failure:
+            is_retry = now is None and self._failure and self._failure[0] == version  # a broken file: once per second
+            if not self._path or version == self._version or is_retry:
                 return
             try:
                 self._read()
@@ -1186,7 +1186,7 @@ def new_jwk(algorithm):
         "RS256": partial(rsa.generate_private_key, 65537, MIN_RSA_BITS),
     }
     jwk = jwt.get_algorithm_by_name(algorithm).to_jwk(generate[algorithm](), as_dict=True)
-    jwk.pop("key_ops", None)
+    jwk.pop("key_ops", None)  # PyJWT writes it for RSA only
     return {"kid": Key.from_jwk(jwk).kid, "alg": algorithm, **jwk}
 
 
@@ -1254,8 +1254,8 @@ class AuthService:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        # A login is charged before it hashes: while login_limit good ones of a user hash, the next one would get 429.
-        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))
+        # A login is charged before it hashes: if login_limit good ones of one user ran at once, the next would get 429.
+        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # one less: `now` may differ
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
         self._touch_after = self.warn_proxy_after = 0.0  # times of the next try; client_address uses the second
@@ -1368,14 +1368,14 @@ class AuthService:
     def add_user(self, username, password):
         """Add a user and return the id. Raises BadRequest, which names the broken rule, or Conflict."""
         check_name("username", username)
-        check_password(password, username)
+        check_new_password(password, username)
         user_id = self.store.add_user(username, hash_password(password, self.settings.pbkdf2_iterations))
         log_event("user_created", user_id=user_id, username=username)
         return user_id
 
     def set_password(self, user, password, keep=""):
         """Change a password and end the sessions except the one whose id is `keep`. Raises BadRequest or Conflict."""
-        check_password(password, user.username)
+        check_new_password(password, user.username)
         prefix = DISABLED_PREFIX if user.is_disabled else ""
         password_hash = prefix + hash_password(password, self.settings.pbkdf2_iterations)
         self._replace_hash("password_changed", user, password_hash, keep)
@@ -1385,7 +1385,7 @@ class AuthService:
         # A wrong current_password counts as a failed login, so that a stolen token does not help to guess.
         require_login(identity)
         user = require_active(self.store.get_user(identity.id))
-        check_password(new_password, user.username)
+        check_new_password(new_password, user.username)
         try:
             with self._throttled(user.username, ip_address, now):
                 if not verify_password(user.password_hash, current_password, self._iterations):
@@ -1419,7 +1419,7 @@ class AuthService:
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
         digest, network = self.keys.digest(username, now), network_of(ip_address)
-        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge: 12 or 50/h)
+        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge)
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
@@ -1546,7 +1546,7 @@ COMMON_PASSWORDS = """password password1 password123 passw0rd p@ssw0rd 12345678 
     qwertyuiop qwerty123 1q2w3e4r 1qaz2wsx abcd1234 iloveyou sunshine princess football letmein1 changeme""".split()
 
 
-def check_password(password, username):
+def check_new_password(password, username):
     """Raise BadRequest for a new password that breaks a rule (after NIST SP 800-63B, 5.1.1.2)."""
     if not is_text(password) or not 8 <= len(password) <= 1024:
         raise BadRequest("A password must have 8 to 1024 characters")
@@ -1610,7 +1610,7 @@ class JWTPlugin:
                     token = token_of(request.environ.get("HTTP_AUTHORIZATION", ""))
                     identity, claims = self.service.authenticate(token, time.time())
                     if injected:
-                        found = {"identity": identity, "claims": dict(claims)}  # the cached claims must not change
+                        found = {"identity": identity, "claims": json.loads(json.dumps(claims))}  # not the cached ones
                         kwargs |= {name: found[name] for name in injected}
                 result = callback(*args, **kwargs)
             except AuthError as error:
@@ -1789,7 +1789,7 @@ HTTP_ERRORS = {404: "There is nothing at this path", 405: "See the header Allow"
 
 
 def bottle_error(error):
-    """Return an HTTPError as JSON: Bottle's with our texts, those of abort() in a handler with their own."""
+    """Return an HTTPError as JSON: with our text, or, unless it is a 500, that of an abort() in a handler."""
     description = HTTP_ERRORS.get(error.status_code, "The request cannot be understood")
     if "bottle.route" in request.environ and error.status_code != 500 and isinstance(error.body, str):
         description = error.body
@@ -1873,7 +1873,7 @@ def run(app, service, on_ready):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     address = server.socket.getsockname()  # a path, or a tuple of host, port and more
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    host = f"[{address[0]}]" if server.socket.family == socket.AF_INET6 else address[0]  # unused for a path
     on_ready(f"unix:{address}" if isinstance(address, str) else f"http://{host}:{address[1]}")
     while not server.adj.draining:
         waitress.wasyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
@@ -2005,7 +2005,7 @@ def user_list(service, args):
 
 
 def user_export(service, args):
-    """Write the users with a usable hash to standard output, one JSON object per line."""
+    """Write the users with a usable hash, and all disabled ones, to standard output, one JSON object per line."""
     for user in service.store.iter_users():
         if user.username and (user.is_disabled or parse_hash(user.password_hash)):
             print(json.dumps({"username": user.username, "password_hash": user.password_hash}))
@@ -2166,9 +2166,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, which repeat no values, because a value may be a secret."""
 
     def error(self, message):
-        text = re.sub(r"(unrecognized arguments|invalid choice): .*?(?= \(choose from |$)", r"\1", message)
-        flags = {word.partition("=")[0] for word in message.split() if word.startswith("--")} - {*text.split()}
-        self.exit(2, f"server.py: {' '.join([text, *sorted(flags)])}; see {self.prog} --help\n")
+        text = re.sub(r"(unrecognized arguments|invalid choice|explicit argument):? .*?(?= \(choose|$)", r"\1", message)
+        cut_flags = {word.partition("=")[0] for word in message.split() if word.startswith("--")} - {*text.split()}
+        self.exit(2, f"server.py: {' '.join([text, *sorted(cut_flags)])}; see {self.prog} --help\n")
 
 
 def make_parser():

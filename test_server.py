@@ -409,7 +409,7 @@ class SettingsTest(unittest.TestCase):
             ("TRUSTED_PROXY", ["proxy.example", "cafe", "127.0.0.1/8"], "AUTH_TRUSTED_PROXY, --trusted-proxy"),
             ("DATABASE", ["auth.db"], "AUTH_DATABASE"),
             ("SECRET_KEY", ["secret-key", "x" * 31, "x" * 99, "secret-key" * 4], "secret_key.*secrets.token_urlsafe"),
-            ("SECRET_KEY", ["a-string-secret-at-least-256-bits-long"], "published"),
+            ("SECRET_KEY", ["a-string-secret-at-least-256-bits-long"], "known"),
         ]:
             for value in values:
                 with self.subTest(name, value=value[:50]), self.assertRaisesRegex(ConfigError, words):
@@ -1678,6 +1678,9 @@ class PluginTest(Case):
         wrapper = functools.wraps(lambda claims: None)(lambda **values: {"jti": values["claims"]["jti"]})
         app.route("/claims", callback=wrapper)
         app.route("/identity", callback=lambda identity: {"id": identity.id, "name": identity.username})
+        app.route("/nested", callback=lambda claims: claims["nested"].append(1) or str(claims["nested"]))
+        nested = bearer(self.token(nested=[0]))
+        self.assertEqual([client.get("/nested", headers=nested).text for _ in range(2)], ["[0, 1]"] * 2)
         app.route("/both/<word>", callback=lambda word, identity, claims: {"all": [word, identity.id, claims["jti"]]})
         expected = {"identity": {"id": 1, "name": None}, "claims": {"jti": "x"}, "both/w": {"all": ["w", 1, "x"]}}
         for path, answer in expected.items():
@@ -2652,6 +2655,7 @@ class CommandTest(CommandLineCase):
             ("user remove \udcff", 1, "no user.*user list"),
             ("user", 2, "ACTION.*--help"),
             ("user add", 2, "NAME.*--help"),
+            ("--demo=hunter2", 2, "--demo: ignored explicit argument; see"),
             ("paint", 2, "COMMAND.*serve.*--help"),
             ("--prot 80", 2, "--prot; see .*--help"),
             ("--secret-key=hunter2", 2, "--secret-key; see .*--help"),
@@ -2675,7 +2679,7 @@ class CommandTest(CommandLineCase):
                 self.assert_fails(command.split(), status, words, typed="short\n")
         self.assert_fails(["user", "add", "alice"], 1, "'alice' exists already", typed="correct horse\n")
         self.assert_fails([], 1, "AUTH_PROT is not a setting; .*AUTH_PORT", AUTH_PROT="80")
-        self.assert_fails(["doctor"], 1, "secret_key is .*secrets.token_urlsafe", AUTH_SECRET_KEY="secret-key")
+        self.assert_fails(["doctor"], 1, "secret_key, .*secrets.token_urlsafe", AUTH_SECRET_KEY="secret-key")
         self.assertFalse((self.folder / "missing.db").exists())
 
     def test_new_files_belong_to_the_owner_of_the_folder_and_user_add_prints_the_path(self):
