@@ -216,7 +216,7 @@ def mysql_options(query):
         if name.startswith("ssl") and not name.endswith("identity") and not os.access(value, os.R_OK):
             raise ConfigError(f"database: {name} names {value}, which does not exist or is not readable")
     options |= {"connect_timeout": int(options["connect_timeout"]), "read_timeout": int(options["read_timeout"])}
-    options["write_timeout"] = options["read_timeout"]
+    options["write_timeout"] = options["read_timeout"]  # 2 or more: half of it is the wait for a lock
     if "ssl_ca" in options:  # PyMySQL checks neither certificate nor host name unless told to
         options |= {"ssl_verify_cert": True, "ssl_verify_identity": options.get("ssl_verify_identity") != "false"}
     return options
@@ -333,7 +333,7 @@ def verify_password(stored, password, iterations=0):
     with contextlib.suppress(ValueError):  # costs that scrypt refuses
         matches = parsed is not None and hmac.compare_digest(parsed.derive(secret), parsed.digest)
     rest = iterations - (parsed.iterations if parsed else 0)
-    if parsed and parsed.method != "pbkdf2:sha256":  # its cost in iterations is not known: compare it with an eighth
+    if parsed and parsed.method != "pbkdf2:sha256":  # iterations that cost as much: unknown, so time an eighth of them
         middle, eighth = time.thread_time(), iterations // 8
         hashlib.pbkdf2_hmac("sha256", secret, b"spent", eighth or 1)
         rest = eighth * (7 - (middle - start) / max(time.thread_time() - middle, 1e-9))  # an eighth is done already
@@ -417,7 +417,7 @@ class Store:
 
     @staticmethod
     def open(settings, must_exist=False):
-        """Return the store of settings.database, not connected yet. Raises ConfigError if a file must exist."""
+        """Return the Store of settings.database, not connected yet. Raises ConfigError if a needed file is missing."""
         database = parse_database(settings.database)
         if must_exist and database.scheme == "sqlite" and not os.path.exists(database.name):
             raise ConfigError(f"{database} does not exist; --database or AUTH_DATABASE names another")
@@ -713,7 +713,7 @@ class SQLiteStore(Store):
                     wal = self._wal = False
                 except sqlite3.Error:
                     return None
-        return (wal, wal.map[:48], self._last_commit) if wal else None  # two indexes can have the same header
+        return (wal, wal.map[:48], self._last_commit) if wal else None  # wal: a new index can have the old header
 
     def _connect(self):
         if self.database.name:  # the hashes are for the owner only; SQLite gives its other files the same mode
@@ -785,7 +785,7 @@ class WalHeader:
 MYSQL_ERRORS = dict.fromkeys((2006, 2013, 1053, 1317, 1927, 4031), "lost")  # the server ended the connection or query
 MYSQL_ERRORS |= {1290: "read-only", 1836: "read-only"}  # OPTION_PREVENTS_STATEMENT, READ_ONLY_MODE
 MYSQL_ERRORS |= {2003: "down", 1047: "down"}  # CONN_HOST_ERROR; a Galera node without its cluster
-MYSQL_ERRORS |= {1213: "deadlock", 1267: "misfit", 3988: "misfit"}  # a misfit is a mix of collations or characters
+MYSQL_ERRORS |= {1213: "deadlock", 1267: "misfit", 3988: "misfit"}  # misfit: text that the column cannot take
 
 
 class MySQLStore(Store):
@@ -837,7 +837,7 @@ class MySQLStore(Store):
             else:
                 self._retry_at = 0.0
                 return connection
-        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # "lost": the host is up
+        self._retry_at = 0.0 if self._kind_of(failure) == "lost" else time.monotonic() + 1  # it hung up: no pause
         raise failure
 
     def _connect_to(self, host, port):
@@ -1013,7 +1013,7 @@ class KeySet:
         raise InvalidToken("The token is not from this service")
 
     def digest(self, text, now):
-        """Return a pseudonym of a text for the database, by the last key: `key rotate` keeps it, `key add` may not."""
+        """Return a pseudonym of a text for the database, by the last key: `key rotate` does not change that key."""
         self._reload(now)
         return self.keys[-1].mac(f"digest of {text}")[:22]
 
@@ -1254,8 +1254,8 @@ class AuthService:
 
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
-        # A login is charged before it hashes: if login_limit good ones of one user ran at once, the next would get 429.
-        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # one less: `now` may differ
+        # A login is charged until it succeeds. Run fewer than login_limit at once, so good ones never fill a bucket.
+        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # - 1: each has its own `now`
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
         self._touch_after = self.warn_proxy_after = 0.0  # times of the next try; client_address uses the second
@@ -1789,7 +1789,7 @@ HTTP_ERRORS = {404: "There is nothing at this path", 405: "See the header Allow"
 
 
 def bottle_error(error):
-    """Return an HTTPError as JSON: with our text, or, unless it is a 500, that of an abort() in a handler."""
+    """Return an HTTPError as JSON. An abort() in a handler keeps its text, except a 500; all others get ours."""
     description = HTTP_ERRORS.get(error.status_code, "The request cannot be understood")
     if "bottle.route" in request.environ and error.status_code != 500 and isinstance(error.body, str):
         description = error.body
@@ -1837,7 +1837,7 @@ class StrictParser(HTTPRequestParser):
         encodings = re.findall(rb"\ntransfer[-_]encoding[ \t]*:[ \t]*(.*?)[ \t]*\r", header_plus.lower() + b"\r")
         if encodings and (encodings != [b"chunked"] or self.version != "1.1" or "CONTENT_LENGTH" in self.headers):
             raise ParsingError("The request has an ambiguous length")
-        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # waitress joins two with a comma
+        host = self.headers.get("HOST", "" if self.version == "1.0" else ",")  # "," is refused: none, or two joined
         if self.version not in ("1.0", "1.1") or "," in host:
             raise ParsingError("The request has an unknown version, no host, or two")
         if self.adj.draining:
