@@ -216,7 +216,7 @@ def mysql_options(query):
         if name.startswith("ssl") and not name.endswith("identity") and not os.access(value, os.R_OK):
             raise ConfigError(f"database: {name} names {value}, which does not exist or is not readable")
     options |= {"connect_timeout": int(options["connect_timeout"]), "read_timeout": int(options["read_timeout"])}
-    options["write_timeout"] = options["read_timeout"]  # 2 or more: half of it is the wait for a lock
+    options["write_timeout"] = options["read_timeout"]  # MYSQL_OPTIONS asks for 2 or more: a lock wait takes half of it
     if "ssl_ca" in options:  # PyMySQL checks neither certificate nor host name unless told to
         options |= {"ssl_verify_cert": True, "ssl_verify_identity": options.get("ssl_verify_identity") != "false"}
     return options
@@ -333,7 +333,7 @@ def verify_password(stored, password, iterations=0):
     with contextlib.suppress(ValueError):  # costs that scrypt refuses
         matches = parsed is not None and hmac.compare_digest(parsed.derive(secret), parsed.digest)
     rest = iterations - (parsed.iterations if parsed else 0)
-    if parsed and parsed.method != "pbkdf2:sha256":  # iterations that cost as much: unknown, so time an eighth of them
+    if parsed and parsed.method != "pbkdf2:sha256":  # its worth in iterations is unknown: time an eighth to compare
         middle, eighth = time.thread_time(), iterations // 8
         hashlib.pbkdf2_hmac("sha256", secret, b"spent", eighth or 1)
         rest = eighth * (7 - (middle - start) / max(time.thread_time() - middle, 1e-9))  # an eighth is done already
@@ -713,7 +713,7 @@ class SQLiteStore(Store):
                     wal = self._wal = False
                 except sqlite3.Error:
                     return None
-        return (wal, wal.map[:48], self._last_commit) if wal else None  # wal: a new index can have the old header
+        return (wal, wal.map[:48], self._last_commit) if wal else None  # with wal: a new index may repeat old bytes
 
     def _connect(self):
         if self.database.name:  # the hashes are for the owner only; SQLite gives its other files the same mode
@@ -1040,8 +1040,8 @@ class KeySet:
         self._checked_at = now or self._checked_at
         with self._lock:  # a slow reader of an older file must not come last
             version = file_version(self._path)
-            is_retry = now is None and self._failure and self._failure[0] == version  # a broken file: once per second
-            if not self._path or version == self._version or is_retry:
+            is_known_bad = now is None and self._failure and self._failure[0] == version  # left to the check per second
+            if not self._path or version == self._version or is_known_bad:
                 return
             try:
                 self._read()
@@ -1255,7 +1255,7 @@ class AuthService:
     def __init__(self, settings, keys, store=None):
         self.settings, self.keys, self.store = settings, keys, store
         # A login is charged until it succeeds. Run fewer than login_limit at once, so good ones never fill a bucket.
-        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # - 1: each has its own `now`
+        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # an older `now` finds it full
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
         self._touch_after = self.warn_proxy_after = 0.0  # times of the next try; client_address uses the second
@@ -1419,7 +1419,7 @@ class AuthService:
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
         digest, network = self.keys.digest(username, now), network_of(ip_address)
-        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge)
+        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge), 50 per hour
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
@@ -1430,7 +1430,7 @@ class AuthService:
 
         def refund(found):
             refunded = {bucket: found.get(bucket, now) - interval for bucket, (_, interval) in limits.items()}
-            return refunded | {pair: now, known: now + KNOWN_IP_TTL}
+            return refunded | {pair: 0, known: now + KNOWN_IP_TTL}
 
         with contextlib.suppress(Unavailable):  # the next login tries again
             self.store.delete_expired(now, CLEANUP_LIMIT)
@@ -1593,7 +1593,7 @@ class JWTPlugin:
         app.add_hook("app_reset", partial(self._move_to_front, app))
 
     def _move_to_front(self, app):
-        """Become the outermost plugin: a cache outside of this one would answer without a token."""
+        """Become the outermost plugin after each install(): a cache outside of it would answer without a token."""
         if self in app.plugins:
             app.plugins.remove(self)
             app.plugins.insert(0, self)
@@ -2167,8 +2167,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         text = re.sub(r"(unrecognized arguments|invalid choice|explicit argument):? .*?(?= \(choose|$)", r"\1", message)
-        cut_flags = {word.partition("=")[0] for word in message.split() if word.startswith("--")} - {*text.split()}
-        self.exit(2, f"server.py: {' '.join([text, *sorted(cut_flags)])}; see {self.prog} --help\n")
+        flags = {word.partition("=")[0] for word in message.split() if word.startswith("--")} - {*text.split()}
+        self.exit(2, f"server.py: {' '.join([text, *sorted(flags)])}; see {self.prog} --help\n")  # flags without values
 
 
 def make_parser():
