@@ -2851,7 +2851,7 @@ class ReadmeTest(MySQLCase):
     def blocks(self, language):
         """The code blocks of a language, with a free port in place of theirs and this folder in place of /srv."""
         text = README.replace("/srv/rest-auth", os.path.realpath(self.folder))
-        text = re.sub(r"(127.0.0.1:|port=)(5000|8080)", rf"\g<1>{self.address[1]}", text)
+        text = re.sub(r"(127.0.0.1:|port=)(5000|808[01])", rf"\g<1>{self.address[1]}", text)
         return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", text)
 
     def bash(self, script):
@@ -2910,7 +2910,7 @@ class ReadmeTest(MySQLCase):
         (self.folder / "reports.py").write_text("application = lambda env, start: (start('200 OK', []), [b'1'])[1]\n")
         self.environment["AUTH_PBKDF2_ITERATIONS"] = "1"
         self.bash("echo 'correct horse' | .venv/bin/python server.py user add alice")
-        self.bash(f".venv/bin/python server.py {re.search('`(key rotate --alg ES256)`', README)[1]}")
+        self.bash(f".venv/bin/python server.py {re.search('`server.py (key rotate --alg ES256)`', README)[1]}")
         hello = [({"hello": "alice"}, 401), ({"hello": 1}, 401), ({"hello": 1},) * 2, ({"hello": 1},) * 2]
         with Service(self.folder) as issuer:
             for source, (before_logout, after_logout) in zip(sources, hello, strict=True):
@@ -2984,7 +2984,7 @@ class ReadmeTest(MySQLCase):
         self.stop()
         listed = self.bash(f"{self.task('restore')[0]}; rest-auth user list")
         self.assertEqual(listed, "1\talice\tpbkdf2:sha256:1\t0\n")
-        export, _, load = self.task("move the users")
+        export, _, _, load, _ = self.task("move the users")
         self.bash(f"{export}; sed -i \"s|^AUTH_DATABASE=.*|AUTH_DATABASE='{self.database}'|\" etc/rest-auth.env")
         self.assertIn("1 users imported into mysql://", self.bash(load))
         self.assertIn("access_token", self.service.login("alice", "correct horse", time.time()))
