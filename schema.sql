@@ -7,6 +7,12 @@ CREATE TABLE IF NOT EXISTS user (
   password VARCHAR(255) NOT NULL
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
 
+-- What is known of a user beside the table user, which may belong to another program.
+CREATE TABLE IF NOT EXISTS auth_user (
+  user_id BIGINT NOT NULL PRIMARY KEY,
+  roles VARCHAR(1024) /*! CHARACTER SET ascii COLLATE ascii_bin */ NOT NULL -- with blanks between
+) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;
+
 -- One row per login or named API token. Times are seconds since 1970. There is no foreign key,
 -- because an older user table may have another type or engine.
 CREATE TABLE IF NOT EXISTS auth_session (
@@ -21,6 +27,8 @@ CREATE TABLE IF NOT EXISTS auth_session (
   refresh_counter BIGINT NOT NULL, -- counts the refresh tokens from 1; 0 for an API token
   refreshed_at BIGINT NOT NULL,
   kid VARCHAR(43) NOT NULL, -- key of the current refresh token or API token
+  roles VARCHAR(1024) NOT NULL DEFAULT '', -- that an API token asked for, with blanks between
+  read_only BIGINT NOT NULL DEFAULT 0, -- 1 for an API token that is good for GET and HEAD alone
   UNIQUE (user_id, id),
   UNIQUE (expires_at, id)
 ) /*! ENGINE=InnoDB DEFAULT CHARSET=utf8mb4 */;

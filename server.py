@@ -66,7 +66,7 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"server.py: {error.name} is not installed; run: {sys.executable} -m pip install -r requirements.txt")
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # --- Settings ---
 # Each setting once, with its unit. The field access_token_ttl is the flag --access-token-ttl and the variable
@@ -200,7 +200,8 @@ def parse_database(url):
         user, password, hosts, name, query = match.groups(default="")
         pairs = [re.fullmatch(r"\[?(.*?)\]?(?::(\d+))?", host) for host in hosts.split(",")]
         hosts = tuple((pair[1] or "localhost", int(pair[2] or 3306)) for pair in pairs)
-        return Database("mysql", unquote(name), unquote(user), unquote(password), hosts, mysql_options(query))
+        if all(port < 2**16 for _, port in hosts):
+            return Database("mysql", unquote(name), unquote(user), unquote(password), hosts, mysql_options(query))
     raise ConfigError(
         "database must be sqlite:///FILE (a fourth slash begins an absolute path), sqlite:// for memory, or mysql://"
         "USER:PASSWORD@HOST:PORT/NAME with % : @ / ? # in a password as %25 %3A %40 %2F %3F %23 (AUTH_DATABASE)"
@@ -238,6 +239,7 @@ class AuthError(HTTPResponse):
     """The request is refused: AuthError("There is no such session", 404). str() is the description."""
 
     defaults = {"description": "", "status": 401, "error": None, "retry_after": None}
+    reason = ""  # why the token does not suffice, as parameters of the Bearer challenge (RFC 6750, 3.1)
 
     def __init_subclass__(cls, **defaults):
         cls.defaults = cls.defaults | defaults
@@ -251,6 +253,14 @@ class AuthError(HTTPResponse):
         headers = JSON_HEADERS | ({"Retry-After": str(retry_after)} if retry_after else {})
         super().__init__(error_body(status, self.error, *self.args), status, headers)
 
+    def add_challenges(self, realm, basic=False):
+        """Add WWW-Authenticate to a 401, and to a 403 that has a reason (RFC 9110, 11.6.1)."""
+        challenges = [f'Bearer realm="{realm}"{self.reason}'] if self.status_code == 401 or self.reason else []
+        if self.status_code == 401:
+            challenges = [f'JWT realm="{realm}"', *challenges] + [f'Basic realm="{realm}", charset="UTF-8"'] * basic
+        for challenge in challenges:
+            self.add_header("WWW-Authenticate", challenge)
+
 
 class BadRequest(AuthError, status=400):
     """The request cannot be understood, or a value in it is not allowed."""
@@ -262,6 +272,17 @@ class InvalidCredentials(AuthError, error="Bad Request", description="Invalid cr
 
 class InvalidToken(AuthError, error="Invalid token", description="Session has ended"):
     """The token does not verify, or its session has ended."""
+
+    reason = ', error="invalid_token"'
+
+
+class Forbidden(AuthError, status=403):
+    """The token is good, but not for this: a role is missing, or the API token is read-only."""
+
+    def __init__(self, description, roles=()):
+        super().__init__(description)
+        scope = f', scope="{" ".join(sorted(roles))}"' if roles else ""
+        self.reason = f', error="insufficient_scope"{scope}'
 
 
 class Conflict(AuthError, status=409):
@@ -361,6 +382,11 @@ class User:
     id: int
     username: str
     password_hash: str = dataclasses.field(repr=False)
+    roles: str = ""  # in alphabetical order, with blanks between
+
+    @functools.cached_property
+    def role_set(self):
+        return frozenset(self.roles.split())
 
     @property
     def is_disabled(self):
@@ -382,10 +408,14 @@ class Session:
     refresh_counter: int  # counts the refresh tokens of the session, from 1; 0 for an API token
     refreshed_at: int
     kid: str  # of the key that made the current refresh token or API token
+    roles: str = ""  # that an API token asked for; a login has those of its user
+    read_only: int = 0  # 1 for an API token that is good for GET and HEAD alone
 
 
 SESSION = ", ".join(field.name for field in dataclasses.fields(Session))  # columns, in the order of the fields
-USER = "id, username, password"  # columns, in the order of User's fields
+USER = "u.id, u.username, u.password, COALESCE(a.roles, '')"  # columns, in the order of User's fields
+USERS = f"SELECT {USER} FROM user u LEFT JOIN auth_user a ON a.user_id = u.id"
+NEWEST_COLUMNS = {"user": "id", "auth_user": "roles", "auth_session": "read_only", "auth_bucket": "id"}
 
 
 def transaction(method):
@@ -424,18 +454,23 @@ class Store:
         return (SQLiteStore if database.scheme == "sqlite" else MySQLStore)(database, settings.session_cache_ttl)
 
     def create_tables(self):
-        """Create missing tables. Raises ConfigError."""
+        """Create missing tables, and the two columns of auth_session that 0.2 did not have. Raises ConfigError."""
         try:
             for sql in re.sub("--.*", "", SCHEMA.read_text("utf-8")).split(";")[:-1] if self.missing_tables() else ():
                 self._transact(lambda run, sql=sql: run(sql))
-            self._read(f"SELECT {USER} FROM user LIMIT 1")
+            for column in ("roles VARCHAR(1024) NOT NULL DEFAULT ''", "read_only BIGINT NOT NULL DEFAULT 0"):
+                if ("auth_session", column.partition(" ")[0]) not in self._read(self.list_columns):
+                    self._transact(lambda run, column=column: run(f"ALTER TABLE auth_session ADD COLUMN {column}"))
+            self._read(f"{USERS} LIMIT 1")
             self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
         except (OSError, Unavailable) as failure:
             self.close()
             raise ConfigError(self.advice(failure) if failure.__cause__ else failure) from None
 
     def missing_tables(self):
-        return sorted({"user", "auth_session", "auth_bucket"} - {name for (name,) in self._read(self.list_tables)})
+        """Return the names of the tables that are missing, or lack the column that was added last."""
+        columns = self._read(self.list_columns)
+        return [table for table, column in NEWEST_COLUMNS.items() if (table, column) not in columns]
 
     def advice(self, failure):
         return f"{self.database}: {failure.__cause__.args[-1]}; {self.hint}"
@@ -450,45 +485,51 @@ class Store:
     def find_user(self, username):
         """Return the User of exactly this username, or None. Raises Conflict if there are several."""
         try:
-            return self._exact_match(username, self._read(f"SELECT {USER} FROM user WHERE username = ?", username))
+            return self._exact_match(username, self._read(f"{USERS} WHERE u.username = ?", username))
         except BadRequest:  # the column cannot store these characters
             return None
 
     def get_user(self, user_id):
-        rows = self._read(f"SELECT {USER} FROM user WHERE id = ?", user_id)
+        rows = self._read(f"{USERS} WHERE u.id = ?", user_id)
         return User(*rows[0]) if rows else None
 
     def iter_users(self):
         """Yield all Users by id. They are read in batches, because there may be a million."""
         last_id = -1
-        while rows := self._read(f"SELECT {USER} FROM user WHERE id > ? ORDER BY id LIMIT {BATCH_SIZE}", last_id):
+        while rows := self._read(f"{USERS} WHERE u.id > ? ORDER BY u.id LIMIT {BATCH_SIZE}", last_id):
             yield from (User(*row) for row in rows)
             last_id = rows[-1][0]
 
     @transaction
     def add_user(self, run, username, password_hash):
         """Add a user and return the id. Raises Conflict if the username is taken, BadRequest if it does not fit."""
-        rows = run(f"SELECT {USER} FROM user WHERE username = ?{self.for_update}", username).fetchall()
+        rows = run(f"{USERS} WHERE u.username = ?{self.for_update}", username).fetchall()
         if self._exact_match(username, rows):
             raise Conflict(f"The user {username!r} exists already")
         user_id = run("INSERT INTO user (username, password) VALUES (?, ?)", username, password_hash).lastrowid
-        run("DELETE FROM auth_session WHERE user_id = ?", user_id)  # an old table may use an id again
+        self._delete_rows_of(run, user_id)  # an old table may use an id again
         return user_id
 
     @transaction
     def add_users(self, run, users, skip_existing=False):
-        """Add a list of (username, password hash), all or none, and return their number. Raises Conflict."""
+        """Add a list of (username, password hash, roles), all or none, and return their number. Raises Conflict."""
         rows, existing = [], {name for (name,) in run("SELECT username FROM user" + self.for_update).fetchall()}
-        run("DELETE FROM auth_session WHERE user_id NOT IN (SELECT id FROM user)")  # an old table may use an id again
-        for username, password_hash in users:
+        roles_of = {}  # {username: roles} of the new users that have any
+        for table in ("auth_session", "auth_user"):  # an old table may use an id again
+            run(f"DELETE FROM {table} WHERE user_id NOT IN (SELECT id FROM user)")
+        for username, password_hash, roles in users:
             if username not in existing:
                 existing.add(username)
                 rows.append((username, password_hash))
+                roles_of |= {username: roles} if roles else {}
             elif not skip_existing:
                 raise Conflict(f"The user {username!r} exists already, or twice in the file; nothing was imported")
         for first in range(0, len(rows), BATCH_SIZE):
             batch = rows[first : first + BATCH_SIZE]
             run(f"INSERT INTO user (username, password) VALUES {marks('(?, ?)', batch)}", *itertools.chain(*batch))
+        for user_id, username in run("SELECT id, username FROM user").fetchall() if roles_of else ():
+            if username in roles_of:
+                run("INSERT INTO auth_user (user_id, roles) VALUES (?, ?)", user_id, roles_of[username])
         return len(rows)
 
     @transaction
@@ -501,9 +542,25 @@ class Store:
         return updated
 
     @transaction
+    def change_roles(self, run, user_id, added, removed):
+        """Give roles to a user, take others away, and return all as text. Raises Conflict if the user is gone."""
+        rows = run(f"{USERS} WHERE u.id = ?{self.for_update}", user_id).fetchall()
+        if not rows:
+            raise Conflict("The user was deleted just now")
+        roles = join_roles(User(*rows[0]).role_set.union(added).difference(removed))
+        run("DELETE FROM auth_user WHERE user_id = ?", user_id)
+        run("INSERT INTO auth_user (user_id, roles) VALUES (?, ?)", user_id, roles)
+        return roles
+
+    @transaction
     def delete_user(self, run, user_id):
         run("DELETE FROM user WHERE id = ?", user_id)
-        run("DELETE FROM auth_session WHERE user_id = ?", user_id)
+        self._delete_rows_of(run, user_id)
+
+    @staticmethod
+    def _delete_rows_of(run, user_id):
+        for table in ("auth_session", "auth_user"):
+            run(f"DELETE FROM {table} WHERE user_id = ?", user_id)
 
     @staticmethod
     def _exact_match(username, rows):
@@ -539,13 +596,13 @@ class Store:
         return cache[1](sid)
 
     def read_session(self, sid):
-        columns = "s." + SESSION.replace(", ", ", s.") + ", u.id, u.username, u.password"
-        sql = "FROM auth_session s LEFT JOIN user u ON u.id = s.user_id WHERE s.id = ?"
-        rows = self._read(f"SELECT {self.select_row.format(columns)} {sql}", sid)
+        columns = self.select_row.format("s." + SESSION.replace(", ", ", s.") + ", " + USER)
+        joins = "LEFT JOIN user u ON u.id = s.user_id LEFT JOIN auth_user a ON a.user_id = s.user_id"
+        rows = self._read(f"SELECT {columns} FROM auth_session s {joins} WHERE s.id = ?", sid)
         if not rows:
             return None, None
-        *session, user_id, username, password_hash = self.parse_row(rows[0])
-        return Session(*session), None if user_id is None else User(user_id, username, password_hash)
+        *session, user_id, username, password_hash, roles = self.parse_row(rows[0])
+        return Session(*session), None if user_id is None else User(user_id, username, password_hash, roles)
 
     def list_sessions(self, user_id, now):
         """Return the Sessions of a user that have not expired, newest first."""
@@ -680,6 +737,14 @@ os.register_at_fork(after_in_child=lambda: [store._after_fork() for store in OPE
 SCHEMA = Path(__file__).with_name("schema.sql")
 
 
+def join_roles(roles):
+    """Return roles as the text of a column. Raises BadRequest if they do not fit."""
+    text = " ".join(sorted(roles))
+    if len(text) > 1024:
+        raise BadRequest("The roles are together longer than 1024 characters")
+    return text
+
+
 def marks(mark, values):
     return ", ".join([mark] * len(values))
 
@@ -688,7 +753,7 @@ class SQLiteStore(Store):
     driver = sqlite3
     begin = "BEGIN IMMEDIATE"
     keep_existing = " ON CONFLICT DO NOTHING"
-    list_tables = "SELECT name FROM sqlite_master"
+    list_columns = "SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c"
     hint = "file and folder must be writable, with room on the disk; --database or AUTH_DATABASE names another"
 
     def __init__(self, *arguments):
@@ -795,7 +860,7 @@ class MySQLStore(Store):
     select_row, parse_row = "JSON_ARRAY({})", staticmethod(lambda row: json.loads(row[0]))  # PyMySQL: 10 µs per column
     for_update = " FOR UPDATE"
     keep_existing = " ON DUPLICATE KEY UPDATE id = id"
-    list_tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = DATABASE()"
+    list_columns = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = DATABASE()"
     hint = f"check AUTH_DATABASE; if only tables are missing, an administrator can run: mysql NAME < {SCHEMA}"
 
     def __init__(self, *arguments):
@@ -994,8 +1059,7 @@ class KeySet:
             claims = self._decode(token)
         except jwt.PyJWTError as error:
             raise InvalidToken(str(error).partition(": ")[0]) from None  # behind the colon it quotes the token
-        validate_claims(claims, now, leeway)
-        return claims
+        return check_times(claims, now, leeway)
 
     def opaque_token(self, session):
         """Return the refresh token or API token of a session. The database alone is not enough to make it."""
@@ -1028,7 +1092,7 @@ class KeySet:
         failure = jwt.InvalidSignatureError("Signature verification failed")
         for key in self.keys if kid is None else self._find(kid):
             try:
-                return jwt.decode(token, key.verifier, options=DECODE_OPTIONS)
+                return check_types(jwt.decode(token, key.verifier, options=DECODE_OPTIONS))
             except (jwt.InvalidSignatureError, jwt.InvalidAlgorithmError) as error:
                 failure = error
         raise failure
@@ -1084,8 +1148,7 @@ class RemoteKeySet(jwt.PyJWKClient):
             claims = jwt.decode(token, key, ALGORITHMS[1:], DECODE_OPTIONS)  # a published symmetric key is not secret
         except jwt.PyJWTError as error:
             raise InvalidToken(str(error).partition(": ")[0]) from None  # behind the colon it quotes the token
-        validate_claims(claims, now, leeway)
-        return claims
+        return check_times(check_types(claims), now, leeway)
 
     def fetch_data(self):
         """Fetch the keys, but not within two seconds of a failure: else each request would wait for the issuer."""
@@ -1099,13 +1162,13 @@ class RemoteKeySet(jwt.PyJWKClient):
         raise Unavailable("The public keys of the issuer cannot be fetched; try again")
 
 
-# PyJWT checks times by the clock of the machine; validate_claims does it by `now`.
+# PyJWT checks times by the clock of the machine; check_times does it by `now`.
 DECODE_OPTIONS = dict.fromkeys(("verify_exp", "verify_iat", "verify_nbf"), False)
 DECODE_OPTIONS["require"] = ["exp", "iat", "nbf", "identity"]
 
 
-def validate_claims(claims, now, leeway):
-    """Raise InvalidToken unless the claims have our types and are valid at `now` (RFC 7519, 4.1.4 to 4.1.6)."""
+def check_types(claims):
+    """Return the claims. Raises InvalidToken unless they have our types. A cached token is checked once."""
     for name in ("exp", "iat", "nbf"):
         if type(claims[name]) not in (int, float) or not 0 <= claims[name] < 2**53:  # refuses NaN as well
             raise InvalidToken(f"The claim {name} must be a number of seconds")
@@ -1116,11 +1179,17 @@ def validate_claims(claims, now, leeway):
         raise InvalidToken("The claims identity and sub name different users")
     if "sid" in claims and not (isinstance(claims["sid"], str) and SESSION_ID.fullmatch(claims["sid"])):
         raise InvalidToken("The claim sid must be the id of a session")
+    return claims
+
+
+def check_times(claims, now, leeway):
+    """Return the claims. Raises InvalidToken unless they are valid at `now` (RFC 7519, 4.1.4 to 4.1.6)."""
     if claims["exp"] <= now - leeway:
         raise InvalidToken("Signature has expired")
     for name in ("iat", "nbf"):
         if claims[name] > now + leeway:
             raise InvalidToken(f"The token is not yet valid ({name})")
+    return claims
 
 
 def read_key_file(path):
@@ -1204,7 +1273,7 @@ def find_jwk(kid, jwks):
 REFRESH_REUSE_INTERVAL = 60  # seconds; long enough for an outage and a retry
 LAST_USED_INTERVAL = 60  # seconds between two writes of last_used_at
 CLEANUP_LIMIT = 10  # expired rows deleted with each login; a login adds fewer
-API_TOKEN_TTL, API_TOKEN_MAX_TTL = 90 * DAY, 366 * DAY  # seconds: default and maximum
+API_TTL, API_MAX_TTL = 90 * DAY, 366 * DAY  # seconds that an API token lives: default and maximum
 KNOWN_IP_TTL = 30 * DAY  # seconds that an address stays known for a username after a login from it
 
 
@@ -1246,14 +1315,15 @@ class HashLimiter:
             self.logins += step
 
 
-Identity = namedtuple("Identity", "id username session", defaults=(None, None))  # of the caller; None: not known
+# Of the caller. None: not known. `roles` is a frozenset.
+Identity = namedtuple("Identity", "id username session roles", defaults=(None, None, frozenset()))
 
 
 class AuthService:
     """Users, sessions and tokens by the rules. Without a store, only the claims of a token are known."""
 
-    def __init__(self, settings, keys, store=None):
-        self.settings, self.keys, self.store = settings, keys, store
+    def __init__(self, settings, keys, store=None, roles_claim=None):
+        self.settings, self.keys, self.store, self.roles_claim = settings, keys, store, roles_claim
         # A login is charged until it succeeds. Run fewer than login_limit at once, so good ones never fill a bucket.
         at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # an older `now` finds it full
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
@@ -1274,7 +1344,7 @@ class AuthService:
             else:
                 raise InvalidCredentials
         log_event("login", user_id=session.user_id, username=username, ip_address=ip_address, session_id=session.id)
-        return self._issue_tokens(session, now)
+        return self._issue_tokens(session, user, now)
 
     def refresh(self, refresh_token: str, now):
         """Return new tokens for a refresh token. Raises InvalidToken, or AuthError if the user is gone."""
@@ -1282,7 +1352,7 @@ class AuthService:
         # a lost reply. An older one is a stolen copy, and ends the session (RFC 9700, 4.14.2).
         sid, counter = self.keys.read_opaque_token(refresh_token, now)
         for _ in range(3):  # of several requests at once, one rotates; the others read again
-            session, _user = self._active(self.store.read_session(sid), now)
+            session, user = self._active(self.store.read_session(sid), now)
             age = int(now) - session.refreshed_at
             if counter == session.refresh_counter > 0:
                 latest = session.created_at + self.settings.session_max_age
@@ -1294,9 +1364,9 @@ class AuthService:
                 rotated = dataclasses.replace(session, **changes)
                 if self.store.rotate_refresh_token(rotated):
                     log_event("token_refreshed", user_id=session.user_id, session_id=sid)
-                    return self._issue_tokens(rotated, now)
+                    return self._issue_tokens(rotated, user, now)
             elif counter == session.refresh_counter - 1 and -self.settings.leeway <= age <= REFRESH_REUSE_INTERVAL:
-                return self._issue_tokens(session, now)
+                return self._issue_tokens(session, user, now)
             elif counter < session.refresh_counter:
                 self.store.end_sessions(session.user_id, sid)
                 log_event("refresh_token_reused", logging.WARNING, user_id=session.user_id, session_id=sid)
@@ -1305,20 +1375,26 @@ class AuthService:
                 raise InvalidToken("This is not a refresh token of this service")
         raise Unavailable
 
-    def create_api_token(self, identity, now, name: str, expires_in: int = API_TOKEN_TTL, ip_address=""):
+    def create_api_token(
+        self, identity, now, ip_address, name: str, expires_in: int = API_TTL, roles: list = (), read_only: bool = False
+    ):
         """Open a session of kind "api" and return its token as a dict. Raises BadRequest or AuthError (403)."""
         require_login(identity)
         if identity.session is None:
             raise AuthError("This token has no session, because another program issued it; log in", 403)
         check_name("name", name)
-        if not 1 <= expires_in <= API_TOKEN_MAX_TTL:
-            raise BadRequest(f"expires_in must be a whole number of seconds from 1 to {API_TOKEN_MAX_TTL}")
+        if not 1 <= expires_in <= API_MAX_TTL:
+            raise BadRequest(f"expires_in must be a whole number of seconds from 1 to {API_MAX_TTL}")
+        roles = check_roles(roles)
+        if missing := roles - identity.roles:
+            raise Forbidden(f"You do not have the role {min(missing)}", missing)
         session = self._new_session(identity.id, "api", name, ip_address, now, expires_in)
+        session = dataclasses.replace(session, roles=join_roles(roles), read_only=int(read_only))
         if not self.store.add_session(session, creator=identity.session):
             raise InvalidToken
         log_event("api_token_created", user_id=identity.id, token_name=name, session_id=session.id)
         token = {"access_token": self.keys.opaque_token(session), "token_type": "Bearer", "expires_in": expires_in}
-        return token | {"id": session.id, "name": name}
+        return token | {"id": session.id, "name": name, "roles": sorted(roles), "read_only": read_only}
 
     def authenticate(self, token, now):
         """Return the Identity of an access token or API token, and its claims. Raises AuthError (401)."""
@@ -1333,8 +1409,12 @@ class AuthService:
         if self.store is None or "sid" not in claims:
             if claims["exp"] - claims["iat"] > self.settings.access_token_ttl:  # it could not be revoked
                 raise InvalidToken("A token whose session is not looked up must not live longer than access_token_ttl")
-            user = require_active(self.store.get_user(claims["identity"])) if self.store else None
-            return Identity(claims["identity"], user and user.username), claims
+            if self.store is None:
+                roles = claims.get(self.roles_claim)  # the issuer's word, as old as the token
+                roles = [role for role in roles if isinstance(role, str)] if isinstance(roles, list) else ()
+                return Identity(claims["identity"], roles=frozenset(roles)), claims
+            user = require_active(self.store.get_user(claims["identity"]))
+            return Identity(user.id, user.username, roles=user.role_set), claims
         session, user = self._active(self.store.get_session(claims["sid"], now), now)
         if claims.setdefault("identity", user.id) != user.id:  # an API token has no identity claim
             raise InvalidToken
@@ -1343,7 +1423,10 @@ class AuthService:
                 self.store.touch_session(session.id, now)
             except Unavailable:  # a database that cannot be written can still be read
                 self._touch_after = now + LAST_USED_INTERVAL
-        return Identity(user.id, user.username, session), claims
+        roles = user.role_set
+        if session.kind == "api":  # the user may have lost a role since
+            roles = roles.intersection(session.roles.split())
+        return Identity(user.id, user.username, session, roles), claims
 
     def logout(self, identity, scope: str = "local"):
         """End the session ("local"), the others ("others") or all ("global"). Raises BadRequest or AuthError (403)."""
@@ -1405,9 +1488,16 @@ class AuthService:
             self._replace_hash("user_enabled", user, user.password_hash.removeprefix(DISABLED_PREFIX))
         self.store.delete_buckets(f"username:{self.keys.digest(user.username, time.time())}")
 
+    def change_roles(self, user, added, removed):
+        """Give roles to a user, take others away, and return all as text. Raises BadRequest or Conflict."""
+        roles = self.store.change_roles(user.id, check_roles(added), check_roles(removed))
+        log_event("roles_changed", user_id=user.id, username=user.username, roles=roles)
+        return roles
+
     def end_all_sessions(self, user):
         """End all sessions of a user, API tokens included."""
         self.store.end_sessions(user.id)
+        log_event("logout", user_id=user.id, session_id="", scope="global")
 
     def delete_user(self, user):
         """Delete a user and end the sessions."""
@@ -1418,8 +1508,8 @@ class AuthService:
     def _throttled(self, username, ip_address, now):
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
-        digest, network = self.keys.digest(username, now), network_of(ip_address)
-        limit, now = self.settings.login_limit or NO_LIMIT, int(now)  # below: (burst, seconds per charge), 50 per hour
+        digest, network, now = self.keys.digest(username, now), network_of(ip_address), int(now)
+        limit = self.settings.login_limit or NO_LIMIT  # below: (burst, seconds per charge), 50 per hour
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
@@ -1429,21 +1519,27 @@ class AuthService:
             return charge_buckets(found, limits, now)
 
         def refund(found):
-            refunded = {bucket: found.get(bucket, now) - interval for bucket, (_, interval) in limits.items()}
-            return refunded | {pair: 0, known: now + KNOWN_IP_TTL}
+            return {bucket: found.get(bucket, now) - interval for bucket, (_, interval) in limits.items()}
+
+        def update(change):
+            with contextlib.suppress(AuthError):  # the session may be stored: the login goes on
+                self.store.update_buckets([*limits, known], change)
 
         with contextlib.suppress(Unavailable):  # the next login tries again
             self.store.delete_expired(now, CLEANUP_LIMIT)
         with self.limiter, self.limiter.core:
+            is_charged = False
             try:
                 self.store.update_buckets([*limits, known], charge)
+                is_charged = True
                 yield
             except AuthError as error:
                 if event := {401: "login_failed", 429: "login_throttled"}.get(error.status_code):
                     log_event(event, logging.WARNING, username=username[:255], ip_address=ip_address)
+                elif is_charged:  # a failing database must not lock a user out
+                    update(refund)
                 raise
-            with contextlib.suppress(AuthError):  # the session is stored: the login goes on
-                self.store.update_buckets([*limits, known], refund)
+            update(lambda found: refund(found) | {pair: 0, known: now + KNOWN_IP_TTL})
 
     def _check_password(self, username, password):
         """Return the User. Raises InvalidCredentials, after the same work for an unknown username."""
@@ -1478,11 +1574,12 @@ class AuthService:
         kid = self.keys.signing_key(now).kid
         return Session(sid, user_id, kind, label[:255], ip_address[:45], now, now, now + ttl, counter, now, kid)
 
-    def _issue_tokens(self, session, now):
+    def _issue_tokens(self, session, user, now):
         iat, user_id = int(now), session.user_id
         ttl = min(self.settings.access_token_ttl, session.expires_at - iat)
         claims = {"exp": iat + ttl, "iat": iat, "nbf": iat, "identity": user_id, "sub": str(user_id)}
         claims |= {"jti": secrets.token_urlsafe(16), "sid": session.id}
+        claims |= {"roles": user.roles.split()} if user.roles else {}
         token = {"access_token": self.keys.sign(claims), "token_type": "Bearer", "expires_in": ttl}
         return token | {"refresh_token": self.keys.opaque_token(session)}
 
@@ -1514,10 +1611,19 @@ def require_login(identity):
         raise AuthError("Only a login can do this, not an API token", 403)
 
 
+def check_roles(names):
+    """Return a role, or a list or tuple of roles, as a frozenset. Raises BadRequest for a name that is not a role."""
+    names = names if isinstance(names, (list, tuple, set, frozenset)) else [names]
+    for name in names:
+        if not (isinstance(name, str) and re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name)):
+            raise BadRequest(f"{name!r} is not a role, which has 1 to 64 of a-z 0-9 . _ - and begins with a-z or 0-9")
+    return frozenset(names)
+
+
 def require_active(user):
     """Return the User. Raises AuthError (401) if the user is gone or disabled."""
     if user is None:
-        raise AuthError("User does not exist", 401, "Invalid JWT")
+        raise InvalidToken("User does not exist", error="Invalid JWT")
     if user.is_disabled:
         raise InvalidToken
     return user
@@ -1566,18 +1672,23 @@ class JWTPlugin:
 
     Keywords are fields of Settings. With `database`, each request looks up its session; without, a token is accepted
     until it expires. `jwks_url` takes published keys. A handler with a parameter `identity` or `claims` gets it.
+    A route with role="admin", or a tuple of roles, is for users who have one of them. With keys alone, `roles_claim`
+    names the claim that holds them. A route with basic=True takes a username and an API token by Basic, too.
     """
 
     # No `name`: Bottle skips a plugin if a later one has the same name.
     api = 2
 
-    def __init__(self, service=None, jwks_url=None, **settings):
+    def __init__(self, service=None, jwks_url=None, roles_claim=None, **settings):
         if jwks_url and (settings.get("key_file") or settings.get("secret_key")):
             raise ConfigError("jwks_url replaces key_file and secret_key; leave those out")
         if service is None:
             checked = Settings(**settings)
             keys = RemoteKeySet(jwks_url, timeout=5, cooldown_duration=5) if jwks_url else KeySet.load(checked)
-            service = AuthService(checked, keys, Store.open(checked) if "database" in settings else None)
+            store = Store.open(checked, must_exist=True) if "database" in settings else None
+            service = AuthService(checked, keys, store, roles_claim)
+        if not isinstance(service, AuthService):
+            raise ConfigError("JWTPlugin takes the settings as keywords: JWTPlugin(key_file=…, database=…)")
         self.service = service
 
     def setup(self, app):
@@ -1602,23 +1713,22 @@ class JWTPlugin:
                 route.reset()
 
     def apply(self, callback, route):
-        injected, public, realm = injected_parameters(route), is_public(route), self.service.settings.realm
+        injected, public, roles = injected_parameters(route), is_public(route), declared_roles(route)
+        realm, basic = self.service.settings.realm, route.config.get("basic") is True
 
         def wrapper(*args, **kwargs):
             try:
                 if not public:
-                    token = token_of(request.environ.get("HTTP_AUTHORIZATION", ""))
-                    identity, claims = self.service.authenticate(token, time.time())
+                    identity, claims = authorize(self.service, request.environ, roles, basic)
                     if injected:
                         found = {"identity": identity, "claims": json.loads(json.dumps(claims))}  # not the cached ones
                         kwargs |= {name: found[name] for name in injected}
                 result = callback(*args, **kwargs)
             except AuthError as error:
                 result = error
-            if isinstance(result, AuthError) and result.status_code == 401:  # raised, or caught by Bottle's JSON plugin
-                reason = ', error="invalid_token"' if result.error in ("Invalid token", "Invalid JWT") else ""
-                result.add_header("WWW-Authenticate", f'JWT realm="{realm}"')  # RFC 9110, 11.6.1
-                result.add_header("WWW-Authenticate", f'Bearer realm="{realm}"{reason}')
+            if isinstance(result, AuthError):  # raised, or caught by Bottle's JSON plugin
+                # git and WebDAV wait for a Basic challenge; a browser would ask for a password, which is refused
+                result.add_challenges(realm, basic and "HTTP_SEC_FETCH_MODE" not in request.environ)
             return result
 
         return wrapper
@@ -1628,22 +1738,89 @@ class JWTPlugin:
             self.service.store.close()
 
 
+class JWTMiddleware:
+    """Protect any WSGI app: app = JWTMiddleware(app, Settings.load(), public=["/static/"], role="admin").
+
+    The app finds the username in environ["REMOTE_USER"], and the Identity in environ["auth.identity"]. The paths in
+    `public` are open; one that ends with a slash, except "/", also opens all below it. `role` is as in JWTPlugin.
+    Raises ConfigError, and BadRequest for a wrong role.
+    """
+
+    def __init__(self, app, settings, public=(), role=()):
+        if isinstance(public, str) or not all(path.startswith("/") for path in public):
+            raise ConfigError('public is a list of paths that begin with a slash, such as ["/static/"]')
+        self.app, self.public = app, frozenset(public)
+        self.roles = check_roles(role)
+        self.service = AuthService(settings, KeySet.load(settings), Store.open(settings, must_exist=True))
+
+    def __call__(self, environ, start_response):
+        for name in ("REMOTE_USER", "HTTP_REMOTE_USER", "HTTP_REMOTE_GROUPS", "auth.identity"):  # from further out
+            environ.pop(name, None)
+        try:
+            if not self._is_public(environ.get("PATH_INFO", "")):
+                identity, _ = authorize(self.service, environ, self.roles)
+                environ |= {"REMOTE_USER": identity.username, "auth.identity": identity}
+        except AuthError as error:
+            error.add_challenges(self.service.settings.realm)
+            start_response(error.status_line, error.headerlist)
+            return [b"" if environ["REQUEST_METHOD"] == "HEAD" else error.body.encode()]
+        return self.app(environ, start_response)
+
+    def _is_public(self, path):
+        below = any(path.startswith(folder) for folder in self.public if folder.endswith("/") and folder != "/")
+        # the app may resolve dots, empty parts or backslashes to a path that is not public
+        return path in self.public or (below and not re.search(r"//|/\.{1,2}(/|$)|\\", path))
+
+
+def authorize(service, environ, roles=(), basic=False):
+    """Return the Identity and the claims of a WSGI request that has one of the roles. Raises AuthError or Forbidden."""
+    token, username = read_authorization(environ.get("HTTP_AUTHORIZATION", ""), basic)
+    identity, claims = service.authenticate(token, time.time())
+    if username is not None and username != identity.username:
+        raise InvalidToken("This API token is not of this username")
+    check_access(identity, roles, environ["REQUEST_METHOD"])
+    return identity, claims
+
+
+def check_access(identity, roles, method):
+    """Raise Forbidden unless an Identity may use the method, and has one of the roles. No roles: none is needed."""
+    if identity.session and identity.session.read_only and method not in ("GET", "HEAD"):
+        raise Forbidden("This API token is good for GET and HEAD only")
+    if roles and identity.roles.isdisjoint(roles):
+        raise Forbidden(f"This needs the role {' or '.join(sorted(roles))}", roles)
+
+
 def check_declaration(route):
     """Raise PluginError for a route that JWTPlugin would not protect, or whose keywords conflict."""
-    where, injected = f"{route.method} {route.rule}", injected_parameters(route)
-    if is_public(route) and injected:
-        raise PluginError(f"{where} is public, so it has no {' and no '.join(injected)}; remove the parameter")
-    if not is_public(route) and not any(isinstance(plugin, JWTPlugin) for plugin in route.all_plugins()):
+    where, injected, roles = f"{route.method} {route.rule}", injected_parameters(route), declared_roles(route)
+    plugin = next((plugin for plugin in route.all_plugins() if isinstance(plugin, JWTPlugin)), None)
+    if is_public(route) and (injected or roles):
+        names = " and no ".join([*injected, *(["role"] if roles else [])])
+        raise PluginError(f"{where} is public, so it has no {names}; remove one or the other")
+    if not is_public(route) and plugin is None:
         raise PluginError(f"{where} would skip JWTPlugin; if that is intended, say public=True")
+    if roles and not (plugin.service.store or plugin.service.roles_claim):
+        raise PluginError(f"{where} has a role, but JWTPlugin knows none; give it `database` or `roles_claim`")
     if not is_public(route) and re.search(r"[<:](identity|claims)\b", route.rule):
         raise PluginError(f"{where} takes identity or claims from the path; give that part another name")
     own = sorted(set(route.config) - set(route.app.config))
-    if unknown := [name for name in own if re.search("role|group|scope|permission", name)]:
-        raise PluginError(f"{where} says {unknown[0]}=, which JWTPlugin does not know; check it in the handler")
+    if unknown := [name for name in own if re.search("role|group|scope|permission", name) and name != "role"]:
+        raise PluginError(f"{where} says {unknown[0]}=, which JWTPlugin does not know; it knows role=")
 
 
 def injected_parameters(route):
     return {"identity", "claims"} & set(inspect.signature(route.callback).parameters)
+
+
+def declared_roles(route):
+    """Return the roles of which a route demands one. Raises PluginError unless `role` is a role or a tuple of roles."""
+    try:
+        roles = check_roles(route.config.get("role", ()))
+    except BadRequest as error:
+        raise PluginError(f"{route.method} {route.rule}: {error}") from None
+    if "role" in route.config and not roles:
+        raise PluginError(f"{route.method} {route.rule}: role is empty; name a role, or leave it out")
+    return roles
 
 
 def is_public(route):
@@ -1651,16 +1828,28 @@ def is_public(route):
     return route.config.get("public") is True and "public" not in route.app.config
 
 
-def token_of(header):
-    """Return the token of an Authorization header: scheme, spaces, token (RFC 9110, 11.6.2)."""
+def read_authorization(header, basic=False):
+    """Return (token, username) of an Authorization header (RFC 9110, 11.6.2). Without Basic, the username is None."""
     words = [word for word in header.split(" ") if word]  # split() would also split at U+00A0
     if not words:
         raise AuthError("Request does not contain an access token", 401, "Authorization Required")
-    if words[0].lower() not in ("jwt", "bearer"):
+    scheme = words[0].lower()
+    if scheme not in (("jwt", "bearer", "basic") if basic else ("jwt", "bearer")):
         raise AuthError("Unsupported authorization type", 401, "Invalid JWT header")
     if len(words) != 2:
         raise AuthError("Token contains spaces" if words[2:] else "Token missing", 401, "Invalid JWT header")
-    return words[1]
+    return read_basic(words[1]) if scheme == "basic" else (words[1], None)
+
+
+def read_basic(credentials):
+    """Return (API token, username) of Basic credentials (RFC 7617). Raises InvalidToken."""
+    try:
+        username, _, token = base64.b64decode(credentials, validate=True).decode().partition(":")
+    except ValueError:
+        token = ""
+    if not OPAQUE_TOKEN.fullmatch(token):  # no password is compared here: attackers could guess without a limit
+        raise InvalidToken("Basic takes a username and an API token, not a password")
+    return token, username
 
 
 # --- HTTP API ---
@@ -1675,7 +1864,20 @@ def rest_auth():
 
 def me(identity):
     session = identity.session and session_json(identity.session, identity)
-    return {"id": identity.id, "username": identity.username, "session": session}
+    return {"id": identity.id, "username": identity.username, "roles": sorted(identity.roles), "session": session}
+
+
+def check(identity):
+    """Forward-auth: tell a proxy whether a request may pass, and whose it is. The proxy's lines may ask for roles."""
+    if unknown := sorted(set(request.query) - {"role"}):  # a misspelt role= would ask for none
+        raise BadRequest(f"{unknown[0]!r} is not a parameter; role is the only one")
+    names = ("HTTP_X_ORIGINAL_METHOD", "HTTP_X_FORWARDED_METHOD")  # nginx sets the first, Caddy and Traefik the other
+    methods = [request.environ[name] for name in names if name in request.environ]
+    for method in methods or ["unknown"]:  # each must pass: a header that a client adds only narrows
+        check_access(identity, check_roles(request.query.getall("role")), method)
+    check_name("username", identity.username)  # an old table may hold one that is not safe in a header
+    headers = {"Remote-User": identity.username, "Remote-Groups": ",".join(sorted(identity.roles))}
+    return HTTPResponse("", 200, headers | {"Cache-Control": "no-store"})  # Bottle sends UTF-8
 
 
 def list_sessions(service, identity):
@@ -1695,11 +1897,12 @@ def health(service):
 def session_json(session, identity):
     names = ("id", "kind", "label", "ip_address", "created_at", "last_used_at", "expires_at")
     is_current = identity.session is not None and session.id == identity.session.id
-    return {name: getattr(session, name) for name in names} | {"current": is_current}
+    limits = {"roles": session.roles.split(), "read_only": bool(session.read_only)} if session.kind == "api" else {}
+    return {name: getattr(session, name) for name in names} | limits | {"current": is_current}
 
 
-def route_callback(service, handler, status=200):
-    """Make a Bottle callback of a handler. Its result becomes JSON; None becomes 204."""
+def route_callback(service, handler, status=200, strict=False):
+    """Make a Bottle callback of a handler. Its result becomes JSON; None becomes 204. `strict`: no other fields."""
     parameters = inspect.signature(handler).parameters
     fields = [parameter for parameter in parameters.values() if parameter.annotation is not parameter.empty]
     supply = {"service": lambda: service, "now": time.time, "ip_address": partial(client_address, service)}
@@ -1710,7 +1913,7 @@ def route_callback(service, handler, status=200):
     def callback(**values):
         for name, function in supplied:
             values[name] = function()
-        values |= read_fields(fields) if fields else {}
+        values |= read_fields(fields, strict) if fields else {}
         result = handler(**values)
         if isinstance(result, HTTPResponse):
             return result
@@ -1735,23 +1938,30 @@ def client_address(service):
 def plain_address(text):
     """Return an address without brackets and port, and IPv4 without the prefix of mapped IPv6."""
     text = re.sub(r"^\[(.*)\](:\d+)?$|^([\d.]+):\d+$", r"\1\3", text.strip())
-    return re.sub(r"(?i)^::ffff:(\d+(\.\d+){3})$", r"\1", text)
+    text = re.sub(r"(?i)^::ffff:(\d+(\.\d+){3})$", r"\1", text)
+    return str(ipaddress.ip_address(text)) if is_address(text) else text  # one spelling for each IPv6 address
 
 
-def read_fields(parameters):
+KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "a list of strings"}
+FROM_FORM = {int: to_integer, list: str.split, bool: {"true": True, "false": False}.get}
+
+
+def read_fields(parameters, strict=False):
     """Return {name: value} of the body's fields, checked by their types. Raises BadRequest or AuthError (413)."""
     body, values = parse_body(), {}
+    if strict and (unknown := sorted(body.keys() - {parameter.name for parameter in parameters})):
+        raise BadRequest(f"{unknown[0]!r} is not a field of this request")
     for parameter in parameters:
         name, kind = parameter.name, parameter.annotation
         value = body.get(name, None if kind is object else parameter.default)
         if value is parameter.empty:
             raise BadRequest(f"{name} is missing")
-        if kind is int and "form" in request.content_type:  # a form has only strings
-            value = to_integer(value)
+        if name in body and "form" in request.content_type:  # a form has only strings
+            value = FROM_FORM.get(kind, str)(value)
         if kind is int and isinstance(value, float) and value.is_integer():  # JSON has one type of number
             value = int(value)
-        if kind is not object and type(value) is not kind:
-            raise BadRequest(f"{name} must be a {'string' if kind is str else 'whole number'}")
+        if kind is not object and name in body and type(value) is not kind:
+            raise BadRequest(f"{name} must be {KINDS[kind]}")
         values[name] = value
     return values
 
@@ -1774,7 +1984,10 @@ def parse_body():
         elif text.lstrip().startswith("{"):
             raise BadRequest("The body looks like JSON; send the header Content-Type: application/json with it")
         else:
-            value = dict(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20))
+            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20)
+            value = dict(pairs)
+            if len(value) < len(pairs):
+                raise BadRequest("A field is there twice")
     except UnicodeDecodeError:
         raise BadRequest("The body is not UTF-8") from None
     except (ValueError, RecursionError):
@@ -1808,10 +2021,11 @@ def make_app(settings, service=None):
     app.post("/auth/refresh", callback=callback(service.refresh), public=True)
     app.post("/auth/logout", callback=callback(service.logout))
     app.get("/auth/me", callback=callback(me))
+    app.get("/auth/check", callback=callback(check), basic=True)
     app.put("/auth/password", callback=callback(service.change_password))
     app.get("/auth/sessions", callback=callback(list_sessions))
     app.delete("/auth/sessions/<sid>", callback=callback(service.end_session))
-    app.post("/auth/tokens", callback=callback(service.create_api_token, status=201))
+    app.post("/auth/tokens", callback=callback(service.create_api_token, status=201, strict=True))
     app.get("/rest-auth", callback=callback(rest_auth))
     app.get("/.well-known/jwks.json", callback=callback(jwks), public=True)
     app.get("/health", callback=callback(health), public=True)
@@ -1994,21 +2208,33 @@ def user_passwd(service, user):
     service.set_password(user, read_password())
 
 
+def user_roles(service, user, changes):
+    """Give roles with +ROLE, take them away with -ROLE, and show those that the user has then."""
+    if wrong := [change for change in changes if not re.match("[+]|-[^-]", change) or change == "-h"]:
+        raise BadRequest(f"{wrong[0]!r} is not +ROLE or -ROLE; other flags stand before NAME; nothing was changed")
+    added, removed = ([change[1:] for change in changes if change[0] == sign] for sign in "+-")
+    if both := {*added} & {*removed}:
+        raise BadRequest(f"+{min(both)} and -{min(both)} contradict each other; nothing was changed")
+    return (service.change_roles(user, added, removed) if changes else user.roles) or "no roles"
+
+
 def user_list(service, args):
-    """List the users: id, username, method of the password hash, number of sessions."""
+    """List the users: id, username, method of the password hash, number of sessions, roles."""
     sessions = service.store.count_sessions(time.time())
     for user in service.store.iter_users():
         parsed, name = parse_hash(user.password_hash), user.username or "(no name)"
         method = f"{parsed.method}:{parsed.iterations}".removesuffix(":0") if parsed else "no usable hash"
         state = "disabled" if user.is_disabled else method
-        print(user.id, name if name.isprintable() else ascii(name), state, sessions.get(user.id, 0), sep="\t")
+        name = name if name.isprintable() else ascii(name)
+        print(user.id, name, state, sessions.get(user.id, 0), *user.roles.split(), sep="\t")
 
 
 def user_export(service, args):
-    """Write the users with a usable hash, and all disabled ones, to standard output, one JSON object per line."""
+    """Write the users with a usable hash, and all disabled ones, with their roles, one JSON object per line."""
     for user in service.store.iter_users():
         if user.username and (user.is_disabled or parse_hash(user.password_hash)):
-            print(json.dumps({"username": user.username, "password_hash": user.password_hash}))
+            roles = {"roles": user.roles.split()} if user.roles else {}
+            print(json.dumps({"username": user.username, "password_hash": user.password_hash} | roles))
         else:
             print(f"user {user.id} ({user.username!r}) cannot log in, and is left out", file=sys.stderr)
 
@@ -2027,16 +2253,19 @@ def user_import(service, args):
 
 
 def read_exported(line, number):
-    """Return (username, password hash) of a line. Raises BadRequest, which does not repeat the hash."""
+    """Return (username, password hash, roles) of a line. Raises BadRequest, which does not repeat the hash."""
     try:
         user = json.loads(line.removeprefix("\ufeff"))  # some editors put this mark there
-        username, password_hash = user["username"], str(user["password_hash"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        username, password_hash, roles = user["username"], str(user["password_hash"]), user.get("roles", [])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadRequest(f'Line {number} is not {{"username": …, "password_hash": …}}; nothing was imported') from None
     is_usable = password_hash.startswith(DISABLED_PREFIX) or parse_hash(password_hash)
     if not is_text(username) or len(username) > 255 or not is_usable:
         raise BadRequest(f"Line {number}: {username!r} is no username, or its hash is unknown; nothing was imported")
-    return username, password_hash
+    try:
+        return username, password_hash, join_roles(check_roles(roles))
+    except BadRequest as error:
+        raise BadRequest(f"Line {number}: {error}; nothing was imported") from None
 
 
 def read_password():
@@ -2115,8 +2344,8 @@ def doctor(settings, args):
             problems.append(str(error))
         try:
             missing = store.missing_tables()
-            problems += [f"{store.database}: no table {table}; run: server.py init" for table in missing]
-            if "user" not in missing:
+            problems += [f"{store.database}: no table {table}, or an old one; run: server.py init" for table in missing]
+            if not {"user", "auth_user"} & {*missing}:
                 problems += doctor_users(store.iter_users())
         except Unavailable as failure:
             problems.append(store.advice(failure))
@@ -2139,6 +2368,7 @@ ALL_SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 NAME, KID = ("name", {"metavar": "NAME"}), ("kid", {"metavar": "KID"})
 ALG = ("--alg", {"choices": ALGORITHMS, "help": "(default: that of the key that signs now)"})
 SKIP = ("--skip-existing", {"action": "store_true", "help": "skip users that exist; else one stops the import"})
+CHANGES = ("changes", {"nargs": "...", "metavar": "+ROLE|-ROLE"})  # the rest: -ROLE is not a flag
 DEMO = ("--demo", {"action": "store_true", "help": "serve from memory, with user roy and password roy"})
 COMMANDS = [  # command, function, the settings that are its flags, its other arguments
     ("serve", serve, ALL_SETTINGS, [DEMO]),
@@ -2149,6 +2379,7 @@ COMMANDS = [  # command, function, the settings that are its flags, its other ar
     ("user list", user_list, ["database"], []),
     ("user export", user_export, ["database"], []),
     ("user import", user_import, ["database"], [SKIP]),
+    ("user roles", user_roles, ["database"], [NAME, CHANGES]),
     ("user logout", AuthService.end_all_sessions, ["database"], [NAME]),
     ("user disable", AuthService.disable, ["database"], [NAME]),
     ("user enable", AuthService.enable, ["database", "key_file"], [NAME]),
@@ -2197,7 +2428,8 @@ def parse_arguments(words):
     """Return the parsed arguments. Without a command it is `serve`. Raises SystemExit."""
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words = ["serve", *words]
-    kids = [word for word in words if re.fullmatch("-[A-Za-z0-9_-]{42}", word)]  # one in 64 begins with a hyphen
+    # one kid in 64 begins with a hyphen
+    kids = [word for word in words if words[0] == "key" and re.fullmatch("-[A-Za-z0-9_-]{42}", word)]
     return make_parser().parse_args([word for word in words if word not in kids] + (["--", *kids] if kids else []))
 
 
@@ -2219,8 +2451,8 @@ def run_command(args):
         user = store.find_user(args.name) if is_text(args.name) else None
         if user is None:
             raise AuthError(f"There is no user {args.name!r}; `user list` shows all", 404)
-        args.function(service, user)
-        return print(f"{args.command} {args.name}: done")
+        result = args.function(service, user, *([args.changes] if "changes" in args else []))
+        return print(f"{args.command} {args.name}: {result or 'done'}")
 
 
 def main(argv=None, run=run):
