@@ -3243,7 +3243,9 @@ class ReadmeTest(MySQLCase):
         (self.folder / "reports.py").write_text("application = lambda env, start: (start('200 OK', []), [b'1'])[1]\n")
         self.environment["AUTH_PBKDF2_ITERATIONS"] = "1"
         self.bash("echo 'correct horse' | .venv/bin/python server.py user add alice")
-        self.bash(f".venv/bin/python server.py {re.search('`server.py (key rotate --alg ES256)`', README)[1]}")
+        self.bash(
+            f".venv/bin/python server.py {re.search('`server.py (key rotate --alg ES256)`', README.replace(chr(10), ' '))[1]}"
+        )
         hello = [({"hello": "alice"}, 401), ({"hello": 1}, 401), ({"hello": 1},) * 2, ({"hello": 1},) * 2]
         with Service(self.folder) as issuer:
             for source, (before_logout, after_logout) in zip(sources, hello, strict=True):
