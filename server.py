@@ -460,7 +460,8 @@ class Store:
                 self._transact(lambda run, sql=sql: run(sql))
             for column in ("roles VARCHAR(1024) NOT NULL DEFAULT ''", "read_only BIGINT NOT NULL DEFAULT 0"):
                 if ("auth_session", column.partition(" ")[0]) not in self._read(self.list_columns):
-                    self._transact(lambda run, column=column: run(f"ALTER TABLE auth_session ADD COLUMN {column}"))
+                    with contextlib.suppress(Unavailable):  # another process may add it; the next reads find out
+                        self._transact(lambda run, column=column: run(f"ALTER TABLE auth_session ADD COLUMN {column}"))
             self._read(f"{USERS} LIMIT 1")
             self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
         except (OSError, Unavailable) as failure:
@@ -861,7 +862,7 @@ class MySQLStore(Store):
     for_update = " FOR UPDATE"
     keep_existing = " ON DUPLICATE KEY UPDATE id = id"
     list_columns = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = DATABASE()"
-    hint = f"check AUTH_DATABASE; if only tables are missing, an administrator can run: mysql NAME < {SCHEMA}"
+    hint = "check AUTH_DATABASE; if only tables or columns are missing, run `server.py init` as an administrator of it"
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -1715,11 +1716,14 @@ class JWTPlugin:
     def apply(self, callback, route):
         injected, public, roles = injected_parameters(route), is_public(route), declared_roles(route)
         realm, basic = self.service.settings.realm, route.config.get("basic") is True
+        is_mount = "mountpoint.prefix" in route.config
 
         def wrapper(*args, **kwargs):
             try:
                 if not public:
                     identity, claims = authorize(self.service, request.environ, roles, basic)
+                    if is_mount and identity.username is not None:
+                        set_remote_user(request.environ, identity)
                     if injected:
                         found = {"identity": identity, "claims": json.loads(json.dumps(claims))}  # not the cached ones
                         kwargs |= {name: found[name] for name in injected}
@@ -1746,20 +1750,21 @@ class JWTMiddleware:
     Raises ConfigError, and BadRequest for a wrong role.
     """
 
-    def __init__(self, app, settings, public=(), role=()):
+    def __init__(self, app, settings, public=(), role=None):
         if isinstance(public, str) or not all(path.startswith("/") for path in public):
             raise ConfigError('public is a list of paths that begin with a slash, such as ["/static/"]')
         self.app, self.public = app, frozenset(public)
-        self.roles = check_roles(role)
+        self.roles = check_roles(() if role is None else role)
+        if role is not None and not self.roles:
+            raise ConfigError("role is empty; name a role, or leave it out")
         self.service = AuthService(settings, KeySet.load(settings), Store.open(settings, must_exist=True))
 
     def __call__(self, environ, start_response):
-        for name in ("REMOTE_USER", "HTTP_REMOTE_USER", "HTTP_REMOTE_GROUPS", "auth.identity"):  # from further out
-            environ.pop(name, None)
         try:
-            if not self._is_public(environ.get("PATH_INFO", "")):
-                identity, _ = authorize(self.service, environ, self.roles)
-                environ |= {"REMOTE_USER": identity.username, "auth.identity": identity}
+            if self._is_public(environ.get("PATH_INFO", "")):
+                set_remote_user(environ, None)
+            else:
+                set_remote_user(environ, authorize(self.service, environ, self.roles)[0])
         except AuthError as error:
             error.add_challenges(self.service.settings.realm)
             start_response(error.status_line, error.headerlist)
@@ -1770,6 +1775,15 @@ class JWTMiddleware:
         below = any(path.startswith(folder) for folder in self.public if folder.endswith("/") and folder != "/")
         # the app may resolve dots, empty parts or backslashes to a path that is not public
         return path in self.public or (below and not re.search(r"//|/\.{1,2}(/|$)|\\", path))
+
+
+def set_remote_user(environ, identity):
+    """Tell an app behind us who calls, in place of what others have said. Raises BadRequest for an odd username."""
+    for name in ("REMOTE_USER", "HTTP_REMOTE_USER", "HTTP_REMOTE_GROUPS", "auth.identity"):
+        environ.pop(name, None)
+    if identity:
+        check_name("username", identity.username)  # an old table may hold one with line ends
+        environ |= {"REMOTE_USER": identity.username, "auth.identity": identity}
 
 
 def authorize(service, environ, roles=(), basic=False):
@@ -1803,8 +1817,9 @@ def check_declaration(route):
         raise PluginError(f"{where} has a role, but JWTPlugin knows none; give it `database` or `roles_claim`")
     if not is_public(route) and re.search(r"[<:](identity|claims)\b", route.rule):
         raise PluginError(f"{where} takes identity or claims from the path; give that part another name")
-    own = sorted(set(route.config) - set(route.app.config))
-    if unknown := [name for name in own if re.search("role|group|scope|permission", name) and name != "role"]:
+    if unknown := [
+        name for name in route.config if re.search("(?i)^rol|role|group|scope|perm", name) and name != "role"
+    ]:
         raise PluginError(f"{where} says {unknown[0]}=, which JWTPlugin does not know; it knows role=")
 
 
@@ -2010,10 +2025,20 @@ def bottle_error(error):
     return error_body(error.status_code, error.status_line.partition(" ")[2], description)
 
 
+def call_wsgi(wsgi, environ, start_response):
+    """Call Bottle's WSGI method. Its headers are Latin-1 (PEP 3333), but granian 2.8 encodes them as UTF-8."""
+
+    def start(status, headers, *rest):
+        return start_response(status, [(name, value.encode("latin-1").decode()) for name, value in headers], *rest)
+
+    return wsgi(environ, start if environ.get("SERVER_SOFTWARE") == "Granian" else start_response)
+
+
 def make_app(settings, service=None):
     """Return the service as a Bottle app, to run, mount, merge or add routes to. Raises ConfigError."""
     service = service or create_service(settings)
     app = Bottle()
+    app.wsgi = partial(call_wsgi, app.wsgi)
     app.default_error_handler = bottle_error
     app.install(JWTPlugin(service))
     callback = partial(route_callback, service)
@@ -2056,6 +2081,8 @@ class StrictParser(HTTPRequestParser):
             raise ParsingError("The request has an unknown version, no host, or two")
         if self.adj.draining:
             self.headers["CONNECTION"] = "close"
+        if not self.chunked and not self.content_length:
+            self.expect_continue = False  # waitress 3.0.2 would wait for a body
 
 
 WAITRESS_OPTIONS = {  # waitress's defaults are for an inner network

@@ -680,7 +680,9 @@ class StoreTest:
         for column in ("roles", "read_only"):
             self.raw_sql(f"ALTER TABLE auth_session DROP COLUMN {column}")
         self.assertEqual(self.store.missing_tables(), ["auth_user", "auth_session"])
-        self.store.create_tables()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:  # as when several hosts start at once
+            for future in [pool.submit(self.another_service) for _ in range(4)]:
+                future.result()
         self.assertEqual(self.store.missing_tables(), [])
         self.assertEqual(self.store.read_session(session.id), (session, self.store.find_user("alice")))
 
@@ -861,7 +863,7 @@ class MySQLTest(MySQLCase):
         mariadb.run(f"GRANT SELECT ON {self.name}.* TO reader@localhost")
         reader = mariadb.url(self.name, "reader", "p/:@%?#ü", unix_socket=mariadb.socket)
         for url, words in [
-            (reader, "denied.*mysql .* < .*schema.sql"),
+            (reader, "denied.*`server.py init` as an administrator"),
             (mariadb.url(self.name, "root", "hunter2"), "Access denied"),
             (f"mysql://root@127.0.0.1:{free_port()}/{self.name}", "refused"),
             (f"mysql://root@db..example/{self.name}", "label empty"),
@@ -1733,7 +1735,10 @@ class PluginTest(Case):
             *((rule, {}, "from the path") for rule in ["/<identity>", "/x/<claims:re:.*>", "/:identity"]),
             ("/", {"callback": lambda identity: "in", "public": True}, "public, so it has no identity"),
             ("/", {"role": "admin", "public": True}, "public, so it has no role"),
-            *(("/", {name: "admin"}, f"says {name}=") for name in ["roles", "group", "groups", "scope"]),
+            *(
+                ("/", {name: "x"}, f"says {name}=")
+                for name in ["roles", "Role", "rol", "rolse", "group", "scope", "perm"]
+            ),
             *(("/", {"role": role}, "is not a role") for role in ["Admin", "", None, True, 5, ("a", 5), "a b"]),
             *(("/", {"role": role}, "role is empty") for role in [(), []]),
             ("/", {"role": "admin"}, "JWTPlugin knows none; give it `database` or `roles_claim`"),
@@ -1746,7 +1751,13 @@ class PluginTest(Case):
         app = self.app
         app.delete("/x", callback=lambda: "done", role="admin")
         app.get("/y", callback=lambda identity: {"roles": sorted(identity.roles)}, role=("admin", "editor"))
-        app.mount("/z/", lambda environ, start: [start("200 OK", []), b"z"][1:], skip=None, role="editor")
+        names = ("REMOTE_USER", "HTTP_REMOTE_USER", "HTTP_REMOTE_GROUPS")
+
+        def mounted(environ, start_response):
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return [repr([environ.get(name) for name in names]).encode()]
+
+        app.mount("/z/", mounted, skip=None, role="editor")
         tokens = self.log_in()
         for route in ["DELETE /x", "GET /y", "GET /z/a"]:
             self.assert_refused(self.call(route, status=401), 401, "Authorization Required")
@@ -1761,7 +1772,9 @@ class PluginTest(Case):
         self.change_roles("editor")
         self.call("DELETE /x", token=tokens, status=403)
         self.assertEqual(self.call("GET /y", token=tokens).json, {"roles": ["editor"]})
-        self.assertEqual(self.call("GET /z/a", token=tokens).text, "z")
+        forged = dict.fromkeys(["Remote-User", "Remote-Groups"], "root") | bearer(tokens["access_token"])
+        answer = self.client.get("/z/a", headers=forged, extra_environ={"REMOTE_USER": "root"})
+        self.assertEqual(answer.text, "['alice', None, None]")
         self.another_service().change_roles(self.store.find_user("alice"), ["admin"], ["editor"])
         self.assertEqual(self.call("DELETE /x", token=tokens).text, "done")
         self.call("GET /z/a", token=tokens, status=403)
@@ -1912,6 +1925,16 @@ class MiddlewareTest(Case):
         for method, status in {"GET": 200, "HEAD": 200, "POST": 403, "DELETE": 403, "OPTIONS": 403}.items():
             client.request("/", method=method, headers=reader, status=status)
         self.assertRaises(server.BadRequest, self.protect, role="Admin")
+        for role in [(), [], frozenset()]:
+            self.assertRaisesRegex(ConfigError, "role is empty", self.protect, role=role)
+
+    def test_odd_username_of_an_old_table_is_refused(self):
+        client = self.protect()
+        for username in ["bob ", "b\r\nRemote-User: root", ""]:
+            self.raw_sql("UPDATE user SET username = %s", username)
+            answer = client.get("/", headers=bearer(self.tokens["access_token"]), status=400)
+            self.assert_refused(answer, 400, "Bad Request")
+        self.assertEqual(self.seen, {})
 
     def test_missing_database_or_keys_stop_the_start_and_a_broken_one_is_503(self):
         client = self.protect()
@@ -2787,6 +2810,8 @@ class HTTPParserTest(Case):
                     self.assertIn(int(status), statuses)
                     words = rb"(?i)traceback|waitress|bottle|python|server:|access_token|secret-of-client"
                     self.assertNotRegex(answer, words)
+            answer = service.raw(b"GET /auth/check HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(re.findall(rb"HTTP/1.1 (\d{3}) ", answer), [b"401"])  # without a wait for a body
             large = b"x" * 1_000_000
             for body, status in [(iter([self.BODY[:9], self.BODY[9:]]), 200), (large[: 2**16 + 1], 413), (large, 413)]:
                 answer = service.request("POST", "/auth", body, **FORM)
@@ -2813,6 +2838,7 @@ class OtherServersTest(Case):
     def test_app_serves_under_each_server(self):
         self.assertTrue(callable(vars(server)["app"]))  # uWSGI and mod_wsgi look the name up in the module's dict
         self.add_user()
+        self.add_user('Ж"ö')
         body = b"username=alice&password=correct+horse"
         forwarded = {"X_Forwarded_For": "203.0.113.7, [2001:db8::7]:4711"}  # the proxy itself has seen the last one
         variables = {"DATABASE": self.database, "KEY_FILE": f"{self.folder}/auth.keys", "TRUSTED_PROXY": "127.0.0.1"}
@@ -2839,6 +2865,10 @@ class OtherServersTest(Case):
                 caller = bearer(json.loads(text)["access_token"])
                 session = json.loads(self.request("GET", "/auth/me", **caller)[2])["session"]
                 self.assertEqual(session["ip_address"], "2001:db8::7")
+                fields = urllib.parse.urlencode({"username": 'Ж"ö', "password": "correct horse"})
+                other = json.loads(self.request("POST", "/auth", fields, **FORM)[2])["access_token"]
+                sent = self.request("GET", "/auth/check", **bearer(other))[1]["Remote-User"]
+                self.assertEqual(sent.encode("latin-1").decode(), 'Ж"ö')
                 caller["Content_Type"] = JSON  # although there is no body
                 self.assertEqual(self.request("POST", "/auth/logout", **caller)[0], 204)
 
