@@ -217,7 +217,7 @@ def mysql_options(query):
         if name.startswith("ssl") and not name.endswith("identity") and not os.access(value, os.R_OK):
             raise ConfigError(f"database: {name} names {value}, which does not exist or is not readable")
     options |= {"connect_timeout": int(options["connect_timeout"]), "read_timeout": int(options["read_timeout"])}
-    options["write_timeout"] = options["read_timeout"]  # MYSQL_OPTIONS asks for 2 or more: a lock wait takes half of it
+    options["write_timeout"] = options["read_timeout"]  # 2 s or more, as _set_up lets a wait for a lock take half of it
     if "ssl_ca" in options:  # PyMySQL checks neither certificate nor host name unless told to
         options |= {"ssl_verify_cert": True, "ssl_verify_identity": options.get("ssl_verify_identity") != "false"}
     return options
@@ -779,7 +779,7 @@ class SQLiteStore(Store):
                     wal = self._wal = False
                 except sqlite3.Error:
                     return None
-        return (wal, wal.map[:48], self._last_commit) if wal else None  # with wal: a new index may repeat old bytes
+        return (wal, wal.map[:48], self._last_commit) if wal else None  # wal too: a new index may repeat old bytes
 
     def _connect(self):
         if self.database.name:  # the hashes are for the owner only; SQLite gives its other files the same mode
@@ -1325,8 +1325,8 @@ class AuthService:
 
     def __init__(self, settings, keys, store=None, roles_claim=None):
         self.settings, self.keys, self.store, self.roles_claim = settings, keys, store, roles_claim
-        # A login is charged until it succeeds. Run fewer than login_limit at once, so good ones never fill a bucket.
-        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))  # an older `now` finds it full
+        # A login is charged until it succeeds: login_limit of them at once would refuse the one with the oldest `now`.
+        at_once = min(HashLimiter.CORES, max(1, (settings.login_limit or NO_LIMIT) - 1))
         self.limiter = HashLimiter(max(1, settings.threads // 2), at_once)  # run() sets a limit of its own
         self._iterations = settings.pbkdf2_iterations  # cost of each check: that of the most expensive hash seen
         self._touch_after = self.warn_proxy_after = 0.0  # times of the next try; client_address uses the second
@@ -1510,7 +1510,7 @@ class AuthService:
         """Run a password check: charge the buckets first, and refund them on success. Raises AuthError (429)."""
         # A login from an address known for the username is not stopped by failures elsewhere, nor does it add to them.
         digest, network, now = self.keys.digest(username, now), network_of(ip_address), int(now)
-        limit = self.settings.login_limit or NO_LIMIT  # below: (burst, seconds per charge), 50 per hour
+        limit = self.settings.login_limit or NO_LIMIT  # below: (burst, seconds per charge); 72 s is 50 per hour
         pair, known = f"username:{digest}@{network}", f"known:{digest}@{network}"
         limits = {pair: (limit, 300), f"address:{network}": (10 * limit, 72), f"username:{digest}": (10 * limit, 72)}
 
@@ -1720,13 +1720,12 @@ class JWTPlugin:
 
         def wrapper(*args, **kwargs):
             try:
-                if not public:
-                    identity, claims = authorize(self.service, request.environ, roles, basic)
-                    if is_mount and identity.username is not None:
-                        set_remote_user(request.environ, identity)
-                    if injected:
-                        found = {"identity": identity, "claims": json.loads(json.dumps(claims))}  # not the cached ones
-                        kwargs |= {name: found[name] for name in injected}
+                identity, claims = (None, None) if public else authorize(self.service, request.environ, roles, basic)
+                if is_mount:  # keys alone tell no username
+                    set_remote_user(request.environ, identity if self.service.store else None)
+                if injected:
+                    found = {"identity": identity, "claims": json.loads(json.dumps(claims))}  # not the cached ones
+                    kwargs |= {name: found[name] for name in injected}
                 result = callback(*args, **kwargs)
             except AuthError as error:
                 result = error
@@ -1817,9 +1816,8 @@ def check_declaration(route):
         raise PluginError(f"{where} has a role, but JWTPlugin knows none; give it `database` or `roles_claim`")
     if not is_public(route) and re.search(r"[<:](identity|claims)\b", route.rule):
         raise PluginError(f"{where} takes identity or claims from the path; give that part another name")
-    if unknown := [
-        name for name in route.config if re.search("(?i)^rol|role|group|scope|perm", name) and name != "role"
-    ]:
+    unknown = [name for name in route.config if name != "role" and re.search("(?i)^rol|role|group|scope|perm", name)]
+    if unknown:
         raise PluginError(f"{where} says {unknown[0]}=, which JWTPlugin does not know; it knows role=")
 
 
@@ -1839,7 +1837,7 @@ def declared_roles(route):
 
 
 def is_public(route):
-    """Return whether the route's own declaration says public=True. The app's configuration does not count."""
+    """Return whether the route's own declaration says public=True. With `public` in the app's config, no route is."""
     return route.config.get("public") is True and "public" not in route.app.config
 
 
@@ -2101,7 +2099,7 @@ def run(app, service, on_ready):
     threads, options = service.settings.threads, WAITRESS_OPTIONS | {"connection_limit": connection_limit()}
     server = waitress.create_server(app, sockets=[listen(service.settings)], threads=threads, **options)
     HTTPChannel.parser_class, server.adj.draining = StrictParser, False
-    server.adj.send_bytes = 16 * 1024  # bytes to collect before a send, so that header and body are one system call
+    server.adj.send_bytes = 16 * 1024  # header and body in one system call; deprecated as an option of waitress
     service.limiter.limit = MAX_LOGINS
     service.limiter.on_change = lambda logins: server.task_dispatcher.set_thread_count(threads + logins)
 

@@ -1758,6 +1758,7 @@ class PluginTest(Case):
             return [repr([environ.get(name) for name in names]).encode()]
 
         app.mount("/z/", mounted, skip=None, role="editor")
+        app.mount("/open/", mounted, skip=None, public=True)
         tokens = self.log_in()
         for route in ["DELETE /x", "GET /y", "GET /z/a"]:
             self.assert_refused(self.call(route, status=401), 401, "Authorization Required")
@@ -1775,6 +1776,8 @@ class PluginTest(Case):
         forged = dict.fromkeys(["Remote-User", "Remote-Groups"], "root") | bearer(tokens["access_token"])
         answer = self.client.get("/z/a", headers=forged, extra_environ={"REMOTE_USER": "root"})
         self.assertEqual(answer.text, "['alice', None, None]")
+        answer = self.client.get("/open/a", headers=forged, extra_environ={"REMOTE_USER": "root"})
+        self.assertEqual(answer.text, "[None, None, None]")
         self.another_service().change_roles(self.store.find_user("alice"), ["admin"], ["editor"])
         self.assertEqual(self.call("DELETE /x", token=tokens).text, "done")
         self.call("GET /z/a", token=tokens, status=403)
