@@ -454,19 +454,23 @@ class Store:
         return (SQLiteStore if database.scheme == "sqlite" else MySQLStore)(database, settings.session_cache_ttl)
 
     def create_tables(self):
-        """Create missing tables, and the two columns of auth_session that 0.2 did not have. Raises ConfigError."""
+        """Create missing tables and columns. Raises ConfigError."""
         try:
             for sql in re.sub("--.*", "", SCHEMA.read_text("utf-8")).split(";")[:-1] if self.missing_tables() else ():
                 self._transact(lambda run, sql=sql: run(sql))
-            for column in ("roles VARCHAR(1024) NOT NULL DEFAULT ''", "read_only BIGINT NOT NULL DEFAULT 0"):
-                if ("auth_session", column.partition(" ")[0]) not in self._read(self.list_columns):
-                    with contextlib.suppress(Unavailable):  # another process may add it; the next reads find out
-                        self._transact(lambda run, column=column: run(f"ALTER TABLE auth_session ADD COLUMN {column}"))
+            self._add_columns()
             self._read(f"{USERS} LIMIT 1")
             self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
         except (OSError, Unavailable) as failure:
             self.close()
             raise ConfigError(self.advice(failure) if failure.__cause__ else failure) from None
+
+    def _add_columns(self):
+        """Add the two columns that auth_session did not have in version 0.2."""
+        for column in ("roles VARCHAR(1024) NOT NULL DEFAULT ''", "read_only BIGINT NOT NULL DEFAULT 0"):
+            if ("auth_session", column.partition(" ")[0]) not in self._read(self.list_columns):
+                with contextlib.suppress(Unavailable):  # another process may add it; the reads that follow find out
+                    self._transact(lambda run, column=column: run(f"ALTER TABLE auth_session ADD COLUMN {column}"))
 
     def missing_tables(self):
         """Return the names of the tables that are missing, or lack the column that was added last."""
