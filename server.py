@@ -468,9 +468,13 @@ class Store:
     def _add_columns(self):
         """Add the two columns that auth_session did not have in version 0.2."""
         for column in ("roles VARCHAR(1024) NOT NULL DEFAULT ''", "read_only BIGINT NOT NULL DEFAULT 0"):
-            if ("auth_session", column.partition(" ")[0]) not in self._read(self.list_columns):
-                with contextlib.suppress(Unavailable):  # another process may add it; the reads that follow find out
+            name = ("auth_session", column.partition(" ")[0])
+            try:
+                if name not in self._read(self.list_columns):
                     self._transact(lambda run, column=column: run(f"ALTER TABLE auth_session ADD COLUMN {column}"))
+            except Unavailable:
+                if name not in self._read(self.list_columns):  # else another process was faster
+                    raise
 
     def missing_tables(self):
         """Return the names of the tables that are missing, or lack the column that was added last."""
@@ -1745,6 +1749,9 @@ class JWTPlugin:
             self.service.store.close()
 
 
+ANYONE = object()  # the default of `role`; None may come from a setting that is not there, and must not open the app
+
+
 class JWTMiddleware:
     """Protect any WSGI app: app = JWTMiddleware(app, Settings.load(), public=["/static/"], role="admin").
 
@@ -1753,12 +1760,12 @@ class JWTMiddleware:
     Raises ConfigError, and BadRequest for a wrong role.
     """
 
-    def __init__(self, app, settings, public=(), role=None):
+    def __init__(self, app, settings, public=(), role=ANYONE):
         if isinstance(public, str) or not all(path.startswith("/") for path in public):
             raise ConfigError('public is a list of paths that begin with a slash, such as ["/static/"]')
         self.app, self.public = app, frozenset(public)
-        self.roles = check_roles(() if role is None else role)
-        if role is not None and not self.roles:
+        self.roles = frozenset() if role is ANYONE else check_roles(role)
+        if role is not ANYONE and not self.roles:
             raise ConfigError("role is empty; name a role, or leave it out")
         self.service = AuthService(settings, KeySet.load(settings), Store.open(settings, must_exist=True))
 
@@ -1820,8 +1827,8 @@ def check_declaration(route):
         raise PluginError(f"{where} has a role, but JWTPlugin knows none; give it `database` or `roles_claim`")
     if not is_public(route) and re.search(r"[<:](identity|claims)\b", route.rule):
         raise PluginError(f"{where} takes identity or claims from the path; give that part another name")
-    unknown = [name for name in route.config if name != "role" and re.search("(?i)^rol|role|group|scope|perm", name)]
-    if unknown:
+    own = [name for name, value in route.config.items() if value != route.app.config.get(name) and name != "role"]
+    if unknown := [name for name in own if re.search("(?i)^rol|role|group|scope|perm", name)]:
         raise PluginError(f"{where} says {unknown[0]}=, which JWTPlugin does not know; it knows role=")
 
 
@@ -1890,6 +1897,7 @@ def check(identity):
         raise BadRequest(f"{unknown[0]!r} is not a parameter; role is the only one")
     names = ("HTTP_X_ORIGINAL_METHOD", "HTTP_X_FORWARDED_METHOD")  # nginx sets the first, Caddy and Traefik the other
     methods = [request.environ[name] for name in names if name in request.environ]
+    methods += ["WebSocket"] if "HTTP_SEC_WEBSOCKET_KEY" in request.environ else []
     for method in methods or ["unknown"]:  # each must pass: a header that a client adds only narrows
         check_access(identity, check_roles(request.query.getall("role")), method)
     check_name("username", identity.username)  # an old table may hold one that is not safe in a header
@@ -1966,14 +1974,15 @@ FROM_FORM = {int: to_integer, list: str.split, bool: {"true": True, "false": Fal
 def read_fields(parameters, strict=False):
     """Return {name: value} of the body's fields, checked by their types. Raises BadRequest or AuthError (413)."""
     body, values = parse_body(), {}
-    if strict and (unknown := sorted(body.keys() - {parameter.name for parameter in parameters})):
-        raise BadRequest(f"{unknown[0]!r} is not a field of this request")
+    is_form = request.content_type.partition(";")[0].strip().endswith("form-urlencoded")
+    if strict and (unknown := [*(body.keys() - {parameter.name for parameter in parameters}), *request.query]):
+        raise BadRequest(f"{unknown[0]!r} is not a field of this request's body")
     for parameter in parameters:
         name, kind = parameter.name, parameter.annotation
         value = body.get(name, None if kind is object else parameter.default)
         if value is parameter.empty:
             raise BadRequest(f"{name} is missing")
-        if name in body and "form" in request.content_type:  # a form has only strings
+        if name in body and is_form:  # it has only strings
             value = FROM_FORM.get(kind, str)(value)
         if kind is int and isinstance(value, float) and value.is_integer():  # JSON has one type of number
             value = int(value)
@@ -1997,14 +2006,11 @@ def parse_body():
     try:
         text = body.decode()
         if not content_type.endswith("form-urlencoded"):
-            value = json.loads(text or "{}")
+            value = json.loads(text or "{}", object_pairs_hook=unique)
         elif text.lstrip().startswith("{"):
             raise BadRequest("The body looks like JSON; send the header Content-Type: application/json with it")
         else:
-            pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20)
-            value = dict(pairs)
-            if len(value) < len(pairs):
-                raise BadRequest("A field is there twice")
+            value = unique(parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20))
     except UnicodeDecodeError:
         raise BadRequest("The body is not UTF-8") from None
     except (ValueError, RecursionError):
@@ -2012,6 +2018,13 @@ def parse_body():
     if not isinstance(value, dict):
         raise BadRequest("The body is JSON, but not an object")
     return value
+
+
+def unique(pairs):
+    """Return pairs as a dict. Raises BadRequest for a name that is there twice: it is not clear which value counts."""
+    if len(dict(pairs)) < len(pairs):
+        raise BadRequest("A field is there twice")
+    return dict(pairs)
 
 
 # In place of Bottle's texts, which quote the request.

@@ -1927,7 +1927,8 @@ class MiddlewareTest(Case):
         reader = bearer(self.create_api_token(self.tokens, time.time(), **fields)["access_token"])
         for method, status in {"GET": 200, "HEAD": 200, "POST": 403, "DELETE": 403, "OPTIONS": 403}.items():
             client.request("/", method=method, headers=reader, status=status)
-        self.assertRaises(server.BadRequest, self.protect, role="Admin")
+        for role in ["Admin", None, "", 5]:
+            self.assertRaises(server.BadRequest, self.protect, role=role)
         for role in [(), [], frozenset()]:
             self.assertRaisesRegex(ConfigError, "role is empty", self.protect, role=role)
 
@@ -2265,6 +2266,7 @@ class WireTest:
             ({original: "POST", forwarded: "GET"}, 403),  # the client can forge the one that its proxy does not set
             ({original: "GET", forwarded: "POST"}, 403),
             ({original: "get"}, 403),
+            ({original: "GET", "Sec-WebSocket-Key": "x"}, 403),
             ({original: "GET, POST"}, 403),
             ({}, 403),  # the method is not known
         ]:
@@ -2310,6 +2312,15 @@ class WireTest:
             {"readonly": "true"},
         ]:
             self.call("POST /auth/tokens", {"name": "x", **fields}, self.tokens, form=True, status=400)
+        headers = bearer(self.tokens["access_token"])
+        for path, kind, body in [
+            ("/auth/tokens", JSON, b'{"name": "x", "read_only": true, "read_only": false}'),
+            ("/auth/tokens", URLENCODED, b"name=x&read_only=true&read_only=false"),
+            ("/auth/tokens?read_only=true", URLENCODED, b"name=x"),
+            ("/auth/tokens", f"{JSON}; x=form", b'{"name": "x", "roles": "admin"}'),
+        ]:
+            answer = self.client.post(path, body, headers | {"Content-Type": kind}, status=400)
+            self.assert_refused(answer, 400, "Bad Request")
         self.assertEqual(len(self.call("GET /auth/sessions", token=self.tokens).json), 1)
 
 
