@@ -1771,10 +1771,8 @@ class JWTMiddleware:
 
     def __call__(self, environ, start_response):
         try:
-            if self._is_public(environ.get("PATH_INFO", "")):
-                set_remote_user(environ, None)
-            else:
-                set_remote_user(environ, authorize(self.service, environ, self.roles)[0])
+            is_public = self._is_public(environ.get("PATH_INFO", ""))
+            set_remote_user(environ, None if is_public else authorize(self.service, environ, self.roles)[0])
         except AuthError as error:
             error.add_challenges(self.service.settings.realm)
             start_response(error.status_line, error.headerlist)
