@@ -88,7 +88,7 @@ def is_address(text):
         return False
 
 
-def option(default, help, rule="[^\0]+", is_secret=False):
+def option(default, help, rule="[^\0\r\n]+", is_secret=False):
     """A field of Settings. `rule`: bounds of an integer, or a pattern of text. A secret is not in the repr."""
     return dataclasses.field(default=default, repr=not is_secret, metadata={"help": help, "rule": rule})
 

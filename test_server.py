@@ -409,6 +409,7 @@ class SettingsTest(unittest.TestCase):
             ("PORT", ["65536", "-1", "5_000", "٥٠٠٠", " 1", "9" * 5000], "AUTH_PORT, --port.* from 0 to 65535"),
             ("REALM", ['a"b', "a\r\nb", "a\\"], "AUTH_REALM, --realm"),
             ("HOST", ["a\0b"], "AUTH_HOST, --host"),
+            ("KEY_FILE", ["auth.keys\nAUTH_TRUSTED_PROXY=127.0.0.1'"], "AUTH_KEY_FILE, --key-file"),  # an open quote
             ("TRUSTED_PROXY", ["proxy.example", "cafe", "127.0.0.1/8"], "AUTH_TRUSTED_PROXY, --trusted-proxy"),
             ("DATABASE", ["auth.db"], "AUTH_DATABASE"),
             ("SECRET_KEY", ["secret-key", "x" * 31, "x" * 99, "secret-key" * 4], "secret_key.*secrets.token_urlsafe"),
