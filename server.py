@@ -415,7 +415,7 @@ class Session:
 SESSION = ", ".join(field.name for field in dataclasses.fields(Session))  # columns, in the order of the fields
 USER = "u.id, u.username, u.password, COALESCE(a.roles, '')"  # columns, in the order of User's fields
 USERS = f"SELECT {USER} FROM user u LEFT JOIN auth_user a ON a.user_id = u.id"
-NEWEST_COLUMNS = {"user": "id", "auth_user": "roles", "auth_session": "read_only", "auth_bucket": "id"}
+COLUMNS = {"user": ["id"], "auth_user": ["roles"], "auth_session": ["roles", "read_only"], "auth_bucket": ["id"]}
 
 
 def transaction(method):
@@ -456,9 +456,10 @@ class Store:
     def create_tables(self):
         """Create missing tables and columns. Raises ConfigError."""
         try:
-            for sql in re.sub("--.*", "", SCHEMA.read_text("utf-8")).split(";")[:-1] if self.missing_tables() else ():
-                self._transact(lambda run, sql=sql: run(sql))
-            self._add_columns()
+            if self.missing_tables():
+                for sql in re.sub("--.*", "", SCHEMA.read_text("utf-8")).split(";")[:-1]:
+                    self._transact(lambda run, sql=sql: run(sql))
+                self._add_columns()
             self._read(f"{USERS} LIMIT 1")
             self._read(f"SELECT {SESSION} FROM auth_session LIMIT 1")
         except (OSError, Unavailable) as failure:
@@ -477,9 +478,9 @@ class Store:
                     raise
 
     def missing_tables(self):
-        """Return the names of the tables that are missing, or lack the column that was added last."""
-        columns = self._read(self.list_columns)
-        return [table for table, column in NEWEST_COLUMNS.items() if (table, column) not in columns]
+        """Return the names of the tables that are missing, or lack one of COLUMNS."""
+        found = self._read(self.list_columns)
+        return [table for table, names in COLUMNS.items() if any((table, name) not in found for name in names)]
 
     def advice(self, failure):
         return f"{self.database}: {failure.__cause__.args[-1]}; {self.hint}"
@@ -1764,9 +1765,7 @@ class JWTMiddleware:
         if isinstance(public, str) or not all(path.startswith("/") for path in public):
             raise ConfigError('public is a list of paths that begin with a slash, such as ["/static/"]')
         self.app, self.public = app, frozenset(public)
-        self.roles = frozenset() if role is ANYONE else check_roles(role)
-        if role is not ANYONE and not self.roles:
-            raise ConfigError("role is empty; name a role, or leave it out")
+        self.roles = frozenset() if role is ANYONE else demanded_roles(role)
         self.service = AuthService(settings, KeySet.load(settings), Store.open(settings, must_exist=True))
 
     def __call__(self, environ, start_response):
@@ -1834,15 +1833,19 @@ def injected_parameters(route):
     return {"identity", "claims"} & set(inspect.signature(route.callback).parameters)
 
 
+def demanded_roles(role):
+    """Return a role, or several, as a frozenset. Raises BadRequest, or ConfigError for none: it would let all in."""
+    if not (roles := check_roles(role)):
+        raise ConfigError("role is empty; name a role, or leave it out")
+    return roles
+
+
 def declared_roles(route):
     """Return the roles of which a route demands one. Raises PluginError unless `role` is a role or a tuple of roles."""
     try:
-        roles = check_roles(route.config.get("role", ()))
-    except BadRequest as error:
+        return demanded_roles(route.config["role"]) if "role" in route.config else frozenset()
+    except (BadRequest, ConfigError) as error:
         raise PluginError(f"{route.method} {route.rule}: {error}") from None
-    if "role" in route.config and not roles:
-        raise PluginError(f"{route.method} {route.rule}: role is empty; name a role, or leave it out")
-    return roles
 
 
 def is_public(route):
@@ -1896,8 +1899,9 @@ def check(identity):
     names = ("HTTP_X_ORIGINAL_METHOD", "HTTP_X_FORWARDED_METHOD")  # nginx sets the first, Caddy and Traefik the other
     methods = [request.environ[name] for name in names if name in request.environ]
     methods += ["WebSocket"] if "HTTP_SEC_WEBSOCKET_KEY" in request.environ else []
+    roles = check_roles(request.query.getall("role"))
     for method in methods or ["unknown"]:  # each must pass: a header that a client adds only narrows
-        check_access(identity, check_roles(request.query.getall("role")), method)
+        check_access(identity, roles, method)
     check_name("username", identity.username)  # an old table may hold one that is not safe in a header
     headers = {"Remote-User": identity.username, "Remote-Groups": ",".join(sorted(identity.roles))}
     return HTTPResponse("", 200, headers | {"Cache-Control": "no-store"})  # Bottle sends UTF-8
@@ -1972,7 +1976,7 @@ FROM_FORM = {int: to_integer, list: str.split, bool: {"true": True, "false": Fal
 def read_fields(parameters, strict=False):
     """Return {name: value} of the body's fields, checked by their types. Raises BadRequest or AuthError (413)."""
     body, values = parse_body(), {}
-    is_form = request.content_type.partition(";")[0].strip().endswith("form-urlencoded")
+    is_form = media_type().endswith("form-urlencoded")
     if strict and (unknown := [*(body.keys() - {parameter.name for parameter in parameters}), *request.query]):
         raise BadRequest(f"{unknown[0]!r} is not a field of this request's body")
     for parameter in parameters:
@@ -1990,13 +1994,17 @@ def read_fields(parameters, strict=False):
     return values
 
 
+def media_type():
+    return request.content_type.partition(";")[0].strip()
+
+
 def parse_body():
     """Return the body as a dict, {} if it is empty. Raises BadRequest or AuthError (413)."""
     body = b""
     if request.content_length <= MAX_BODY:
         is_decoded = request.environ.get("wsgi.input_terminated")  # the server has decoded chunks, so Bottle must not
         body = (request.environ["wsgi.input"] if is_decoded else request.body).read(MAX_BODY + 1)
-    content_type = request.content_type.partition(";")[0].strip()
+    content_type = media_type()
     if max(len(body), request.content_length) > MAX_BODY:
         raise AuthError(f"The body is longer than {MAX_BODY} bytes", 413, "Content Too Large")
     if body and content_type not in ("application/json", "application/x-www-form-urlencoded"):
